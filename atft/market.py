@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from .data import AtftError, Panel, PanelSpec, write_panel
+from .data import AtftError, Panel, PanelSpec, atomic_path, write_panel
 
 # %% ../nbs/00a_market.ipynb #MarketSpec
 EFFECTS = ('own', 'peers', 'periodic', 'shift')
@@ -343,9 +343,7 @@ def embedded_panel(
     key = hashlib.sha256(json.dumps(asdict(spec), sort_keys=True).encode()).hexdigest()[:12]
     def make(folder):
         market = synthetic_market(spec)
-        folder.mkdir(parents=True, exist_ok=True)
-        market.oracle.write_parquet(folder/'oracle.parquet.tmp')
-        (folder/'oracle.parquet.tmp').replace(folder/'oracle.parquet')
+        with atomic_path(folder/'oracle.parquet') as temp: market.oracle.write_parquet(temp)
         return write_panel(market.panel, folder, market.panel_spec, source=f'embedded market, effects {", ".join(spec.effects) or "none"}, seed {spec.seed}')
     return _cached(Path(cache)/f'market-{key}', make)
 
