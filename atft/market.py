@@ -57,15 +57,16 @@ def moving_average(
 # %% ../nbs/00a_market.ipynb #drifting_cycle
 def drifting_cycle(
     rng:np.random.Generator,
-    days:int, # D
+    days:int,  # D
     codes:int, # N
 )->np.ndarray: # [D, N]
-    "A sine per code whose period wanders between 8 and 16 days and whose amplitude wanders around 3"
-    walk = lambda scale: np.cumsum(rng.normal(0, scale, (days, codes)), 0)
-    u = rng.uniform(0, 2, codes) + walk(.02)
-    period = 8*2**np.abs((u % 2)-1)  # reflected between 8 and 16
-    amplitude = 3*np.exp(.3*np.sin(rng.uniform(0, 6.3, codes) + walk(.05)))
-    return amplitude*np.sin(rng.uniform(0, 6.3, codes) + np.cumsum(2*np.pi/period, 0))
+    "A sine per code: a harmonic of 20 sessions that moves to its neighbour every few months, its amplitude wandering around 3"
+    step = rng.choice([-1, 1], (days, codes))*(rng.random((days, codes)) < 1/60)
+    harmonic = np.zeros((days, codes), int)
+    harmonic[0] = rng.integers(2, 9, codes)
+    for t in range(1, days): harmonic[t] = np.clip(harmonic[t-1]+step[t], 2, 8)
+    amplitude = 3*np.exp(.3*np.sin(rng.uniform(0, 6.3, codes) + np.cumsum(rng.normal(0, .03, (days, codes)), 0)))
+    return amplitude*np.sin(rng.uniform(0, 6.3, codes) + np.cumsum(2*np.pi*harmonic/20, 0))
 
 # %% ../nbs/00a_market.ipynb #regimes
 def regimes(
@@ -75,7 +76,7 @@ def regimes(
 )->tuple[np.ndarray, np.ndarray]: # level [D, N], scale [D, N]
     "Level and scale that stay for about 20 days and then jump"
     number = np.cumsum(rng.random((days, codes)) < 1/20, 0)
-    level, scale = rng.normal(0, 3, (days, codes)), np.exp(rng.normal(0, .7, (days, codes)))
+    level, scale = rng.normal(0, 6, (days, codes)), np.exp(rng.normal(0, 1, (days, codes)))
     pick = lambda values: np.take_along_axis(values, number, 0)
     return pick(level), pick(scale)
 
