@@ -286,15 +286,17 @@ def transform(self:OnlineRobustScaler,
 def fit(self:OnlineRobustScaler,
     panel:Panel,      # where the rows are
     dates:np.ndarray, # the training days and no others
+    columns:tuple[str, ...]|None=None, # what to measure; None: the features
 )->OnlineRobustScaler:
     "Sample the rows of `dates`, shard by shard"
+    columns = columns or panel.spec.features
     spec, span = panel.spec, [(np.datetime64(s['first']), np.datetime64(s['last'])) for s in panel.shards]
     within = [i for i, (first, last) in enumerate(span) if first <= dates[-1] and last >= dates[0]]
     for j in np.unique(np.linspace(0, len(within)-1, min(self.max_files, len(within))).round().astype(int)):
         i = within[j]
-        rows = panel.read([spec.date, *spec.features], max(span[i][0], dates[0]), min(span[i][1], dates[-1]))
+        rows = panel.read([spec.date, *columns], max(span[i][0], dates[0]), min(span[i][1], dates[-1]))
         keep = np.isin(rows[spec.date].to_numpy().astype('datetime64[D]'), dates)
-        x = np.stack([rows[f].to_numpy() for f in spec.features], 1)[keep]
+        x = np.stack([rows[c].to_numpy() for c in columns], 1)[keep]
         self.merge(OnlineRobustScaler(self.max_samples, seed=self.seed).partial_fit(x, part=i))
     return self
 

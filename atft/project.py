@@ -51,7 +51,7 @@ def check_parameters(
     names = [n for n in now if n not in before and not n.startswith('_') and n not in ('before', 'In', 'Out', 'exit', 'quit', 'get_ipython')]
     unknown = [n for n in names if n not in known]
     if unknown: raise AtftError(f'unknown parameter {unknown[0]!r}; this notebook has {", ".join(known)}')
-    return {n: now[n] for n in known}
+    return {n: now[n] for n in known if n in now}
 
 # %% ../nbs/00b_project.ipynb #git_commit
 def git_commit(
