@@ -96,8 +96,9 @@ def from_first_known(
     known:Tensor, # [N, L, C]
 )->Tensor:        # [N, L, C], 0 where unknown
     "x minus the first known value of its row; causal, unlike subtracting the mean"
-    first = x.gather(1, known.to(torch.uint8).argmax(1, keepdim=True))
-    return torch.where(known, x-first, 0)
+    first, (n, c) = x[:, 0].clone(), (~known[:, 0]).nonzero(as_tuple=True)
+    if len(n): first[n, c] = x[n, known[n, :, c].to(torch.uint8).argmax(1), c]  # only rows that begin with a gap are searched
+    return torch.where(known, x-first[:, None], 0)
 
 # %% ../nbs/02_fan_san.ipynb #band
 def band(
@@ -110,34 +111,32 @@ def band(
 
 # %% ../nbs/02_fan_san.ipynb #rolling_z
 def rolling_z(
-    x:Tensor,              # [N, L, C], 0 where unknown
+    shifted:Tensor,        # [N, L, C] from `from_first_known`
     known:Tensor,          # [N, L, C]
     bands:Tensor,          # [W, L, L] from `band`
     min_obs:int=3,         # known steps a statistic needs
     eps:float=1e-2,        # added to the variance, in squared units of a standardised feature
     limit:float=8.,        # z is bent into (-limit, limit)
-)->tuple[Tensor, Tensor]:  # z [W, N, L, C]; which of them rest on enough steps [W, N, L, C]
+)->tuple[Tensor, Tensor]:  # z [N, W, L, C]; which of them rest on enough steps [N, W, L, C]
     "Distance from the rolling mean in rolling deviations, over known steps only, using steps <= t at step t"
-    shifted, m = from_first_known(x, known), known.to(x.dtype)
-    roll = lambda a: torch.einsum('wts,nsc->wntc', bands.to(x.dtype), a)
-    n = roll(m)
-    mean = roll(shifted)/n.clamp(min=1)
-    var = (roll(shifted.square())/n.clamp(min=1)-mean.square()).clamp(min=0)
-    return limit*torch.tanh((shifted-mean)/(var+eps).sqrt()/limit), n >= min_obs
+    sums = bands.to(shifted.dtype).flatten(0, 1) @ torch.cat([known.to(shifted.dtype), shifted, shifted.square()], 2)
+    n, total, squares = sums.unflatten(1, (len(bands), -1)).chunk(3, -1)
+    mean = total/n.clamp(min=1)
+    var = (squares/n.clamp(min=1)-mean.square()).clamp(min=0)
+    return limit*torch.tanh((shifted[:, None]-mean)*(var+eps).rsqrt()/limit), n >= min_obs
 
 # %% ../nbs/02_fan_san.ipynb #frequency_residual
 def frequency_residual(
-    x:Tensor,     # [N, L, C], 0 where unknown
-    known:Tensor, # [N, L, C]
-    k:int,        # frequencies to remove besides the mean; limited to those the window has
+    shifted:Tensor, # [N, L, C] from `from_first_known`
+    known:Tensor,   # [N, L, C]
+    k:int,          # frequencies to remove besides the mean; limited to those the window has
 )->tuple[Tensor, Tensor]: # residual [N, L, C]; where the row has at least L/2 known steps [N, L, C]
     "`main_frequency` for windows with gaps"
     n = known.sum(1, keepdim=True)
-    shifted = from_first_known(x, known)
     centred = torch.where(known, shifted-shifted.sum(1, keepdim=True)/n.clamp(min=1), 0)
-    k = min(k, x.shape[1]//2)
-    residual = main_frequency(centred.float(), k).residual.to(x.dtype) if k else centred
-    return residual, known & (n >= x.shape[1]/2)
+    k, L = min(k, shifted.shape[1]//2), shifted.shape[1]
+    residual = main_frequency(centred.float(), k).residual.to(shifted.dtype) if k else centred
+    return residual, known & (n >= L/2)
 
 # %% ../nbs/02_fan_san.ipynb #FAN
 class FAN(nn.Module):
@@ -155,11 +154,12 @@ class FAN(nn.Module):
         self.blend = nn.Parameter(torch.zeros(len(windows)+(frequencies > 0), channels))
         self.gate = Gate(channels)
 
-    def candidates(self, x:Tensor, known:Tensor): # -> [W+1, N, L, C] normalized, and which are eligible
-        z, enough = rolling_z(x, known, band(x.shape[1], self.windows).to(x.device), self.min_obs) if self.windows else (x[None][:0], known[None][:0])
+    def candidates(self, x:Tensor, known:Tensor): # -> normalized, and which are eligible: [N, W+1, L, C] both
+        shifted = from_first_known(x, known)
+        z, enough = rolling_z(shifted, known, band(x.shape[1], self.windows).to(x.device), self.min_obs) if self.windows else (x[:, None][:, :0], known[:, None][:, :0])
         if not self.frequencies: return z, enough
-        residual, full = frequency_residual(x, known, self.frequencies)
-        return torch.cat([z, residual[None]]), torch.cat([enough, full[None]])
+        residual, full = frequency_residual(shifted, known, self.frequencies)
+        return torch.cat([z, residual[:, None]], 1), torch.cat([enough, full[:, None]], 1)
 
     def weights(self)->Tensor: # [W+1, C], adding up to 1 over the candidates
         "How much of each window (and of the Fourier residual, last) a channel uses"
@@ -170,8 +170,8 @@ class FAN(nn.Module):
     )->Tensor:    # [N, L, C], 0 where unknown
         x, known = split_missing(x)
         z, eligible = self.candidates(x, known)
-        a = self.weights()[:, None, None]*eligible
-        return self.gate(x, (a*z).sum(0)/a.sum(0).clamp(min=1e-6), known)
+        a = self.weights()[:, None]*eligible
+        return self.gate(x, (a*z).sum(1)/a.sum(1).clamp(min=1e-6), known)
 
 # %% ../nbs/02_fan_san.ipynb #slice_mask
 def slice_mask(

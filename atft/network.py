@@ -49,25 +49,26 @@ class GatedResidual(nn.Module):
     def forward(self, x:Tensor): return self.norm(x + nn.functional.glu(self.outer(self.dropout(nn.functional.elu(self.inner(x))))))
 
 class GatedAdd(nn.Module):
-    "LayerNorm(skip + GLU(W x)): how a sub-layer's output joins what went in"
+    "LayerNorm(skip + GLU(W x)): how a sub-layer's output joins what went in. Dropout keeps its mask over a window (Gal and Ghahramani, 2016)"
     def __init__(self, width:int, dropout:float):
         super().__init__()
         self.gate, self.dropout, self.norm = nn.Linear(width, 2*width), nn.Dropout(dropout), nn.LayerNorm(width)
 
-    def forward(self, x:Tensor, skip:Tensor): return self.norm(skip + nn.functional.glu(self.gate(self.dropout(x))))
+    def forward(self, x:Tensor, skip:Tensor): # [N, L, D] or [N, D], both
+        kept = self.dropout(torch.ones_like(x[:, :1] if x.ndim == 3 else x))
+        return self.norm(skip + nn.functional.glu(self.gate(x*kept)))
 
 # %% ../nbs/02a_network.ipynb #VariableSelection
 class VariableSelection(nn.Module):
     "Features to hidden width with a learned, input-dependent weight per feature (Temporal Fusion Transformers, equations 6 to 8)"
-    def __init__(self, features:int, width:int, dropout:float):
+    def __init__(self, features:int, width:int):
         super().__init__()
         self.inner, self.outer = nn.Linear(features, width), nn.Linear(width, features)
         self.embed = nn.Linear(features, width, bias=False)  # W [F, D], transposed
         self.level = nn.Linear(features, width, bias=False)  # B [F, D], transposed
-        self.dropout = nn.Dropout(dropout)
 
     def weights(self, x:Tensor, known:Tensor)->Tensor: # [N, L, F], adding up to 1 over the known features
-        scores = self.outer(self.dropout(nn.functional.elu(self.inner(x))))
+        scores = self.outer(nn.functional.elu(self.inner(x)))
         return scores.masked_fill(~known, -1e4).softmax(-1)*known
 
     def forward(self, x:Tensor, known:Tensor): # [N, L, F] -> [N, L, D]
@@ -127,7 +128,7 @@ class ATFT(nn.Module):
         self.spec, self.parts, D = spec, frozenset(), spec.hidden
         self.fan = FAN(spec.features, spec.fan_windows, spec.fan_frequencies)
         self.san = SAN(spec.features, spec.san_slices, spec.san_overlap)
-        self.select = VariableSelection(spec.features, D, spec.dropout)
+        self.select = VariableSelection(spec.features, D)
         self.lstm, self.after_lstm = nn.LSTM(D, D, batch_first=True), GatedAdd(D, spec.dropout)
         self.attention, self.after_attention = LastStepAttention(D, spec.heads), GatedAdd(D, spec.dropout)
         self.feed = GatedResidual(D, spec.dropout)
