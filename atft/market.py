@@ -29,10 +29,10 @@ class MarketSpec:
     days:int = 800                         # D trading days
     clusters:int = 24                      # groups of correlated codes
     effects:tuple[str, ...] = EFFECTS      # which effects are planted; () is pure noise
-    own:float = .10                        # strength of the own-history signal
-    peers:float = .16                      # return per unit of the peers' mean return of the day before
-    periodic:float = .10                   # strength of the signal under the cycles
-    shift:float = .10                      # strength of the signal under the shifts
+    own:float = .12                        # strength of the own-history signal
+    peers:float = .20                      # return per unit of the peers' mean return of the day before
+    periodic:float = .16                   # strength of the signal under the cycles
+    shift:float = .16                      # strength of the signal under the shifts
     volatility:float = .02                 # daily volatility of the noise, of which part is common to market and cluster
     horizons:tuple[int, ...] = (1, 5, 10, 20) # trading days
     seed:int = 0

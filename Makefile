@@ -1,0 +1,44 @@
+# The two commands: `make run` and `make test`. Each makes its own environment if there is none.
+.DEFAULT_GOAL := help
+.PHONY: help run test report lab docs export env
+SHELL := /bin/bash
+BIN := .venv/bin
+EPOCHS ?= 4
+RUN ?= runs/embedded
+DATA ?=
+# the first python that is new enough
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
+
+.venv/.installed: settings.ini setup.py constraints.txt
+	@test -n "$(PYTHON)" || { echo "make: no python 3.11 or newer found; install one, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing the environment into .venv (once, a few minutes)"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+env: .venv/.installed ## make the environment in .venv
+
+run: env ## train phases 0 to 4 on the embedded market, then write the report
+	$(BIN)/papermill nbs/03_phases.ipynb -p phase 0-4 -p max_epochs $(EPOCHS) -p run_dir $(RUN)
+	$(BIN)/papermill nbs/04_eval.ipynb -p run_dir $(RUN)
+	@echo; cat $(RUN)/verdict.txt
+
+test: env ## run every test: the notebooks, then tests/ (DATA=folder for the tests on market data)
+	cd nbs && ../$(BIN)/nbdev_test --n_workers 2
+	$(BIN)/python -m pytest -q $(if $(DATA),--data $(DATA)) tests
+
+report: env ## write the evaluation report of a run: make report RUN=runs/NAME
+	$(BIN)/papermill nbs/04_eval.ipynb -p run_dir $(RUN)
+
+lab: env ## open the notebooks in JupyterLab
+	$(BIN)/jupyter lab nbs
+
+docs: env ## render the site into _docs (needs the quarto program)
+	@command -v quarto >/dev/null || { echo "make docs: the quarto program is not installed; get it from quarto.org, then run this again"; exit 1; }
+	PATH="$(CURDIR)/$(BIN):$$PATH" quarto render
+
+export: env ## write atft/ from the notebooks and clean them
+	$(BIN)/nbdev_export && $(BIN)/nbdev_clean

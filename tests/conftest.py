@@ -1,0 +1,21 @@
+"What the tests share: a small market on disk, and the folder of real market data if one is given"
+from pathlib import Path
+import pytest
+from atft.market import MarketSpec, embedded_panel
+
+ROOT = Path(__file__).parents[1]
+
+def pytest_addoption(parser):
+    parser.addoption('--data', default=None, help='folder of daily OHLCV shards, for the tests on real market data')
+
+@pytest.fixture
+def market_data(request):
+    "The folder given as --data; the test says so when it skips"
+    folder = request.config.getoption('--data')
+    if not folder: pytest.skip('no market data given: make test DATA=FOLDER')
+    return Path(folder)
+
+@pytest.fixture(scope='session')
+def small_market(tmp_path_factory):
+    "A panel of 40 codes by 300 days with every effect planted"
+    return embedded_panel(MarketSpec(codes=40, days=300, clusters=4), cache=tmp_path_factory.mktemp('market'))
