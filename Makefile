@@ -27,7 +27,7 @@ run: env ## train phases 0 to 4 on the embedded market, then write the report
 	@echo; cat $(RUN)/verdict.txt
 
 test: env ## run every test: the notebooks, then tests/ (DATA=folder for the tests on market data)
-	cd nbs && ../$(BIN)/nbdev_test --n_workers 2
+	$(BIN)/nbdev_test --n_workers 2
 	$(BIN)/python -m pytest -q $(if $(DATA),--data $(DATA)) tests
 
 report: env ## write the evaluation report of a run: make report RUN=runs/NAME

@@ -421,9 +421,9 @@ def write_report(
                        f'{result.config["data"]["panel"]}; {result.config["data"]["source"]}', run['seed'], result.minutes)
     constant = sum(e['days_constant'].sum() for n, e in evaluations.items() if n in result.phases)
     figures = [save_figure(f, report, n) for n, f in plot_evaluation(result).items()]
-    options = ', '.join(f'{k} {run[k]}' for k in ('lookback', 'hidden', 'days_per_step', 'max_epochs', 'k', 'threshold', 'fan_windows', 'san_slices', 'train_days', 'overrides') if run[k] not in (None, ''))
+    options = ', '.join(f'{k}={v}' for k, v in run.items() if k not in ('data', 'run_dir', 'resume_checkpoint', 'save_phase_checkpoint') and v not in (None, ''))
     write_text(report, ['# Evaluation', *(f'- {s}' for s in sentences), provenance_table(facts),
-        'Days: ' + ', '.join(f'{k} {v[2]} ({v[0]} .. {v[1]})' for k, v in split.items()) + f'; {run["embargo"]} sessions of embargo and the longest horizon are left out before each border. Options: {options}.',
+        'Days: ' + ', '.join(f'{k} {v[2]} ({v[0]} .. {v[1]})' for k, v in split.items()) + f'; {run["embargo"]} sessions of embargo and the longest horizon are left out before each border. Trained by `python -m atft.phases` with {options}.',
         '## Rank IC on the test days', 'Mean of the daily Spearman correlation with a 95% interval (Newey-West with lag max(5, 2h), fixed-b critical values).', rank_ic_table(evaluations), figures[0],
         f'Predictions are constant across codes on {constant} of the test days and horizons of all phases.',
         '## What each step adds', 'Differences of daily rank IC on the same rows, paired by day; bold where the interval leaves zero out.', difference_table(pairs),
