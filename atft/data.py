@@ -218,7 +218,9 @@ def walk_forward(
     for t in range(len(dates)-test_days, first-1, -test_days):
         end = dates[t+test_days] if t+test_days < len(dates) else None
         folds.append(split_days(dates, dates[t-valid_days], dates[t], purge, embargo, end, train_days))
-    if not folds: raise AtftError(f'walk_forward: {len(dates)} days are too few for one fold; min_train + valid_days + purge + embargo + test_days = {first+test_days}')
+    if not folds:
+        raise AtftError(f'walk_forward: {len(dates)} days are too few for one fold, which needs {first+test_days} '
+                        '(min_train + valid_days + purge + embargo + test_days)')
     return folds[::-1]
 
 # %% ../nbs/00_data.ipynb #OnlineRobustScaler

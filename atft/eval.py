@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'CAVEATS', 'load_predictions', 'Dense', 'dense', 'daily_ic', 'bootstrap_interval', 'evaluate', 'compare',
            'decile_returns', 'plot_deciles', 'target_weights', 'backtest', 'performance', 'reversal', 'ridge',
-           'boosting', 'baselines', 'RunResult', 'load_run', 'rank_ic_table', 'difference_table', 'verdict',
+           'boosting', 'baselines', 'RunResult', 'load_run', 'rank_ic_table', 'difference_table', 'effect', 'verdict',
            'plot_evaluation', 'write_report']
 
 # %% ../nbs/04_eval.ipynb #imports
@@ -21,7 +21,7 @@ from arch.bootstrap import StationaryBootstrap, optimal_block_length
 
 from .data import AtftError, OnlineRobustScaler, Panel, Split
 from .losses import average_rank, mean_interval, pearson, rank_ic
-from .project import dated, project_root, provenance, provenance_table, save_figure, table, write_text
+from .project import dated, project_root, provenance, provenance_table, save_figure, table, with_interval, write_text
 
 # %% ../nbs/04_eval.ipynb #load_predictions
 COLUMNS = ('date', 'code', 'horizon', 'prediction', 'target')
@@ -39,7 +39,8 @@ def load_predictions(
     twice = source.filter(pl.struct('date', 'code', 'horizon').is_duplicated())
     if len(twice): raise AtftError(f'predictions: {twice["code"][0]} has more than one row on {twice["date"][0]} for horizon {twice["horizon"][0]}')
     number = lambda c: pl.when(pl.col(c).cast(pl.Float64).is_finite()).then(pl.col(c).cast(pl.Float64)).alias(c)
-    return source.with_columns(pl.col('horizon').cast(pl.Int32), pl.col('date').cast(pl.Date), number('prediction'), number('target')).sort('horizon', 'date', 'code')
+    typed = source.with_columns(pl.col('horizon').cast(pl.Int32), pl.col('date').cast(pl.Date), number('prediction'), number('target'))
+    return typed.sort('horizon', 'date', 'code')
 
 # %% ../nbs/04_eval.ipynb #Dense
 class Dense(NamedTuple):
@@ -207,7 +208,8 @@ def performance(
 # %% ../nbs/04_eval.ipynb #_rows
 def _rows(panel, dates, columns):
     "The panel's rows of some days as a polars table"
-    return panel.scan().filter(pl.col('date').is_between(dates[0].item(), dates[-1].item())).select('date', 'code', *columns).collect().filter(pl.col('date').is_in(dates.tolist()))
+    between = panel.scan().filter(pl.col('date').is_between(dates[0].item(), dates[-1].item()))
+    return between.select('date', 'code', *columns).collect().filter(pl.col('date').is_in(dates.tolist()))
 
 def _predictions(rows, panel, make):
     "The long table of `make(horizon)` for every horizon"
@@ -230,14 +232,25 @@ def reversal(
     return _predictions(rows, panel, lambda h: rows['score'].to_numpy())
 
 # %% ../nbs/04_eval.ipynb #_design
-def _design(panel, split, scaler, dates):
+def _design(panel, scaler, dates):
     "Rows of some days, their scaled features [rows, F], and the targets' ranks within the day"
     rows = _rows(panel, dates, [*panel.spec.features, *panel.spec.targets])
     x = scaler.transform(torch.from_numpy(rows.select(panel.spec.features).to_numpy().astype(np.float32))).numpy()
     ranks = rows.select([((pl.col(t).rank()-.5)/pl.col(t).count()-.5).over('date').alias(t) for t in panel.spec.targets])
     return rows, x, ranks
 
-# %% ../nbs/04_eval.ipynb #ridge
+# %% ../nbs/04_eval.ipynb #_learned
+def _learned(panel, split, dates, learn):
+    "Predictions of `learn(x, ranks, new_x)`, fitted for each horizon on the training days' known targets"
+    scaler = OnlineRobustScaler().fit(panel, split.train)
+    _, x, y = _design(panel, scaler, split.train)
+    rows, new, _ = _design(panel, scaler, dates)
+    def make(h):
+        t = y[f'target_{h}d'].to_numpy().astype(np.float64)
+        known = np.isfinite(t)
+        return learn(x[known], t[known], new)
+    return _predictions(rows, panel, make)
+
 def ridge(
     panel:Panel,
     split:Split,
@@ -245,16 +258,10 @@ def ridge(
     penalty:float=1e-3,   # times the number of rows
 )->pl.DataFrame:
     "Linear regression of the target's rank within its day on the day's features, unknown features at their median"
-    scaler = OnlineRobustScaler().fit(panel, split.train)
-    _, x, y = _design(panel, split, scaler, split.train)
-    rows, new, _ = _design(panel, split, scaler, dates)
-    x, new = np.nan_to_num(x), np.nan_to_num(new)
-    def make(h):
-        t = y[f'target_{h}d'].to_numpy().astype(np.float64)
-        known = np.isfinite(t)
-        a = x[known].astype(np.float64)
-        return new @ np.linalg.solve(a.T @ a + penalty*len(a)*np.eye(a.shape[1]), a.T @ t[known])
-    return _predictions(rows, panel, make)
+    def learn(x, t, new):
+        a = np.nan_to_num(x).astype(np.float64)
+        return np.nan_to_num(new) @ np.linalg.solve(a.T @ a + penalty*len(a)*np.eye(a.shape[1]), a.T @ t)
+    return _learned(panel, split, dates, learn)
 
 # %% ../nbs/04_eval.ipynb #boosting
 def boosting(
@@ -266,15 +273,9 @@ def boosting(
 )->pl.DataFrame:
     "LightGBM, untuned, on the target's rank within its day; needs the optional package lightgbm"
     import lightgbm
-    scaler = OnlineRobustScaler().fit(panel, split.train)
-    _, x, y = _design(panel, split, scaler, split.train)
-    rows, new, _ = _design(panel, split, scaler, dates)
-    options = dict(learning_rate=.05, num_leaves=31, min_data_in_leaf=500, feature_fraction=.7, bagging_fraction=.7, bagging_freq=1, seed=seed, deterministic=True, force_row_wise=True, verbose=-1)
-    def make(h):
-        t = y[f'target_{h}d'].to_numpy().astype(np.float64)
-        known = np.isfinite(t)
-        return lightgbm.train(options, lightgbm.Dataset(x[known], t[known]), trees).predict(new)
-    return _predictions(rows, panel, make)
+    options = dict(learning_rate=.05, num_leaves=31, min_data_in_leaf=500, feature_fraction=.7, bagging_fraction=.7, bagging_freq=1,
+                   seed=seed, deterministic=True, force_row_wise=True, verbose=-1)
+    return _learned(panel, split, dates, lambda x, t, new: lightgbm.train(options, lightgbm.Dataset(x, t), trees).predict(new))
 
 # %% ../nbs/04_eval.ipynb #baselines
 def baselines(
@@ -319,48 +320,52 @@ def load_run(
     days = {k: panel.dates[(panel.dates >= np.datetime64(a)) & (panel.dates <= np.datetime64(b))] for k, (a, b, _) in config['split'].items()}
     return RunResult(config, phases, baselines(panel, Split(**days), days['test'], config['run']['seed']), minutes)
 
-# %% ../nbs/04_eval.ipynb #_cell
-def _cell(r): return f'{r["rank_ic"]:+.4f} [{r["low"]:+.4f}, {r["high"]:+.4f}]' if r['low'] is not None else f'too few days ({r["days"]})'
-
+# %% ../nbs/04_eval.ipynb #rank_ic_table
 def rank_ic_table(
     evaluations:dict, # name -> frame of `evaluate`
 )->str: # markdown: a row per name, a column per horizon
     "Rank IC with intervals, side by side"
-    horizons = next(iter(evaluations.values()))['horizon'].to_list()
-    return table(['', *(f'h={h}' for h in horizons)], [[name, *(_cell(r) for r in e.iter_rows(named=True))] for name, e in evaluations.items()])
+    horizons = next(iter(evaluations.values()))['horizon']
+    cells = lambda e: [with_interval(r['rank_ic'], r['low'], r['high']) for r in e.iter_rows(named=True)]
+    return table(['', *(f'h={h}' for h in horizons)], [[name, *cells(e)] for name, e in evaluations.items()])
 
 def difference_table(
     pairs:list, # of (name of a, name of b, frame of `compare`)
 )->str:
     "Paired differences with intervals; bold where the interval leaves zero out"
     def cell(r):
-        if r['low'] is None: return 'too few days'
-        text = f'{r["difference"]:+.4f} [{r["low"]:+.4f}, {r["high"]:+.4f}]'
-        return f'**{text}**' if r['low'] > 0 or r['high'] < 0 else text
-    return table(['', *(f'h={h}' for h in pairs[0][2]['horizon'])], [[f'{b} against {a}', *(cell(r) for r in c.iter_rows(named=True))] for a, b, c in pairs])
+        text = with_interval(r['difference'], r['low'], r['high'])
+        return text if effect(r) is None else f'**{text}**'
+    rows = [[f'{b} against {a}', *map(cell, c.iter_rows(named=True))] for a, b, c in pairs]
+    return table(['', *(f'h={h}' for h in pairs[0][2]['horizon'])], rows)
+
+def effect(
+    row:dict, # of `compare`
+)->int|None:  # 1 better, -1 worse, None not distinguishable
+    "Which side of zero the interval of a difference lies on"
+    return None if row['low'] is None else 1 if row['low'] > 0 else -1 if row['high'] < 0 else None
 
 # %% ../nbs/04_eval.ipynb #verdict
 def verdict(
     result:RunResult,
     evaluations:dict, # name -> frame of `evaluate`
-    pairs:list,       # as for `difference_table`; the first ones are the phases
+    pairs:list,       # as for `difference_table`
     cost_bps:float,
 )->list[str]:         # three sentences
-    "What the numbers say, in plain words"
-    last = list(result.phases)[-1]
-    r = evaluations[last].row(0, named=True)
+    "What the numbers at the shortest horizon say, in plain words"
+    last, short = list(result.phases)[-1], {n: e.row(0, named=True) for n, e in evaluations.items()}
+    r, rows = short[last], [(a, b, c.row(0, named=True)) for a, b, c in pairs]
     clear = 'clear of zero' if r['low'] is not None and r['low'] > 0 else 'not distinguishable from zero'
-    share = f', {r["rank_ic"]/evaluations["oracle"]["rank_ic"][0]:.0%} of the oracle\'s' if 'oracle' in evaluations else ''
-    first = f'Phase {last} ranks the next day with a rank IC of {_cell(r)} on {r["days"]} test days, {clear}{share}.'
-    says = lambda c: {True: 'helps', False: 'hurts'}.get(c['low'][0] > 0 if c['low'][0] is not None and (c['low'][0] > 0 or c['high'][0] < 0) else None, 'makes no measurable difference')
-    steps = '; '.join(f'phase {b} {says(c)} ({c["difference"][0]:+.4f})' for a, b, c in pairs if b in result.phases and a in result.phases)
-    second = f'At one day, each phase against the one before: {steps}.' if steps else 'Only one phase was trained, so there is no phase to compare it with.'
-    rivals = [(a, c) for a, b, c in pairs if a not in result.phases]
-    best = max(rivals, key=lambda ac: evaluations[ac[0]]['rank_ic'][0])
-    word = {'helps': 'is ahead of', 'hurts': 'is behind'}.get(says(best[1]), 'is not distinguishable from')
+    share = f', {r["rank_ic"]/short["oracle"]["rank_ic"]:.0%} of the oracle\'s' if 'oracle' in short else ''
+    first = f'Phase {last} ranks the next day with a rank IC of {with_interval(r["rank_ic"], r["low"], r["high"])} on {r["days"]} test days, {clear}{share}.'
+    said = {1: 'helps', -1: 'hurts', None: 'makes no measurable difference'}
+    steps = [f'phase {b} {said[effect(d)]} ({with_interval(d["difference"], d["low"], d["high"])})' for a, b, d in rows if a in result.phases]
+    second = f'Each phase against the one before, one day ahead: {"; ".join(steps)}.' if steps else 'Only one phase was trained.'
+    rival, _, d = max((row for row in rows if row[0] in result.baselines), key=lambda row: short[row[0]]['rank_ic'])
+    place = {1: 'is ahead of', -1: 'is behind', None: 'is not distinguishable from'}[effect(d)]
     net = performance(backtest(result.phases[last], cost_bps=cost_bps))
-    return [first, second, f'It {word} the best baseline, {best[0]} ({best[1]["difference"][0]:+.4f} [{best[1]["low"][0] or float("nan"):+.4f}, {best[1]["high"][0] or float("nan"):+.4f}]); '
-            f'after {cost_bps:g} bp its daily long-short has a Sharpe ratio of {net["sharpe"]:.2f} [{net["low"]:.2f}, {net["high"]:.2f}].']
+    return [first, second, f'It {place} the best baseline, {rival} ({with_interval(d["difference"], d["low"], d["high"])}); '
+            f'after {cost_bps:g} bp its daily long-short has a Sharpe ratio of {with_interval(net["sharpe"], net["low"], net["high"], ".2f")}.']
 
 # %% ../nbs/04_eval.ipynb #plot_evaluation
 def plot_evaluation(
@@ -388,12 +393,13 @@ def plot_evaluation(
 # %% ../nbs/04_eval.ipynb #_backtest_table
 def _backtest_table(result, cost_bps):
     "Long-short deciles of every phase and baseline, gross and net"
-    def row(name, t):
-        b = backtest(t, cost_bps=cost_bps)
+    def row(name, predictions):
+        b = backtest(predictions, cost_bps=cost_bps)
         g, n = performance(b, 'gross'), performance(b)
-        return [name, f'{g["sharpe"]:.2f} [{g["low"]:.2f}, {g["high"]:.2f}]', f'{n["sharpe"]:.2f} [{n["low"]:.2f}, {n["high"]:.2f}]', f'{n["return"]:+.1%}', f'{n["max_drawdown"]:.1%}', f'{n["turnover"]:.2f}', f'{n["breakeven_bps"]:.1f}']
-    rows = [row(n, t) for n, t in {**result.phases, **result.baselines}.items()]
-    return table(['', 'Sharpe gross', f'Sharpe net of {cost_bps:g} bp', 'net return a year', 'max drawdown', 'turnover a day', 'break-even bp'], rows)
+        sharpes = [with_interval(x['sharpe'], x['low'], x['high'], '.2f') for x in (g, n)]
+        return [name, *sharpes, f'{n["return"]:+.1%}', f'{n["max_drawdown"]:.1%}', f'{n["turnover"]:.2f}', f'{n["breakeven_bps"]:.1f}']
+    head = ['', 'Sharpe gross', f'Sharpe net of {cost_bps:g} bp', 'net return a year', 'max drawdown', 'turnover a day', 'break-even bp']
+    return table(head, [row(n, t) for n, t in {**result.phases, **result.baselines}.items()])
 
 def _pairs(result):
     "Which comparisons a report shows: each phase with the one before, the last with each baseline"
@@ -401,11 +407,21 @@ def _pairs(result):
     wanted = list(zip(names, names[1:])) + [(b, names[-1]) for b in result.baselines if b not in ('oracle', 'random')]
     return [(a, b, compare(every[a], every[b], names=(a, b))) for a, b in wanted]
 
-# %% ../nbs/04_eval.ipynb #write_report
-CAVEATS = ('Codes without a return on a day earn nothing on it in the backtest; positions are traded at the close that the prediction uses, which no one can do exactly. '
-           'A panel made of survivors (the NASDAQ folder is one) makes every figure optimistic. One seed and one split: another seed moves these figures too. '
-           'Several phases and baselines are compared here without a correction for their number.')
+# %% ../nbs/04_eval.ipynb #_about
+CAVEATS = ('Positions are traded at the close that the prediction uses, which no one can do exactly; a code without a return on a day earns nothing on it. '
+           'A panel made of survivors (the NASDAQ folder is one) makes every figure optimistic. '
+           'One seed and one split: another seed moves these figures too. '
+           'Several phases and baselines are compared without a correction for their number.')
 
+def _about(config):
+    "Which days and options a run had, in a paragraph"
+    run, free = config['run'], ('data', 'run_dir', 'resume_checkpoint', 'save_phase_checkpoint')
+    days = ', '.join(f'{k} {n} days ({a} .. {b})' for k, (a, b, n) in config['split'].items())
+    options = ', '.join(f'{k}={v}' for k, v in run.items() if k not in free and v not in (None, ''))
+    return (f'{days}; {run["embargo"]} sessions of embargo and the longest horizon are left out before each border. '
+            f'Trained by `python -m atft.phases` with {options}.')
+
+# %% ../nbs/04_eval.ipynb #write_report
 def write_report(
     run_dir:str|Path,
     report_dir:str|Path,
@@ -413,20 +429,20 @@ def write_report(
     cost_bps:float=10.,
 )->Path:
     "Write the evaluation report of a run, and its verdict into the run folder"
-    result = load_run(run_dir)
-    report, run, split = dated(report_dir, name), result.config['run'], result.config['split']
-    evaluations, pairs = {n: evaluate(t) for n, t in {**result.phases, **result.baselines}.items()}, _pairs(result)
+    result, report = load_run(run_dir), dated(report_dir, name)
+    everything, data = {**result.phases, **result.baselines}, result.config['data']
+    evaluations, pairs = {n: evaluate(t) for n, t in everything.items()}, _pairs(result)
     sentences = verdict(result, evaluations, pairs, cost_bps)
-    facts = provenance(f'papermill nbs/04_eval.ipynb -p run_dir runs/{Path(run_dir).name}' + (f' -p name {name}' if name != 'evaluation' else ''),
-                       f'{result.config["data"]["panel"]}; {result.config["data"]["source"]}', run['seed'], result.minutes)
-    constant = sum(e['days_constant'].sum() for n, e in evaluations.items() if n in result.phases)
-    figures = [save_figure(f, report, n) for n, f in plot_evaluation(result).items()]
-    options = ', '.join(f'{k}={v}' for k, v in run.items() if k not in ('data', 'run_dir', 'resume_checkpoint', 'save_phase_checkpoint') and v not in (None, ''))
-    write_text(report, ['# Evaluation', *(f'- {s}' for s in sentences), provenance_table(facts),
-        'Days: ' + ', '.join(f'{k} {v[2]} ({v[0]} .. {v[1]})' for k, v in split.items()) + f'; {run["embargo"]} sessions of embargo and the longest horizon are left out before each border. Trained by `python -m atft.phases` with {options}.',
-        '## Rank IC on the test days', 'Mean of the daily Spearman correlation with a 95% interval (Newey-West with lag max(5, 2h), fixed-b critical values).', rank_ic_table(evaluations), figures[0],
-        f'Predictions are constant across codes on {constant} of the test days and horizons of all phases.',
-        '## What each step adds', 'Differences of daily rank IC on the same rows, paired by day; bold where the interval leaves zero out.', difference_table(pairs),
-        '## Deciles and costs', figures[1], _backtest_table(result, cost_bps), figures[2], '## What to keep in mind', CAVEATS])
+    command = f'papermill nbs/04_eval.ipynb -p run_dir runs/{Path(run_dir).name}' + (f' -p name {name}' if name != 'evaluation' else '')
+    facts = provenance(command, f'{data["panel"]}; {data["source"]}', result.config['run']['seed'], result.minutes)
+    constant = sum(evaluations[n]['days_constant'].sum() for n in result.phases)
+    cumulative, deciles, profit = (save_figure(f, report, n) for n, f in plot_evaluation(result).items())
+    write_text(report, ['# Evaluation', *(f'- {s}' for s in sentences), provenance_table(facts), _about(result.config),
+        '## Rank IC on the test days',
+        'Mean of the daily Spearman correlation with a 95% interval (Newey-West with lag max(5, 2h), fixed-b critical values).',
+        rank_ic_table(evaluations), cumulative, f'Predictions are constant across codes on {constant} test days, all phases and horizons together.',
+        '## What each step adds', 'Differences of daily rank IC on the same rows, paired by day; bold where the interval leaves zero out.',
+        difference_table(pairs),
+        '## Deciles and costs', deciles, _backtest_table(result, cost_bps), profit, '## What to keep in mind', CAVEATS])
     write_text(Path(run_dir)/'verdict.txt', ['\n'.join([f'report: {report}', *sentences])])
     return report

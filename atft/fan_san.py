@@ -156,10 +156,10 @@ class FAN(nn.Module):
 
     def candidates(self, x:Tensor, known:Tensor): # -> normalized, and which are eligible: [N, W+1, L, C] both
         shifted = from_first_known(x, known)
-        z, enough = rolling_z(shifted, known, band(x.shape[1], self.windows).to(x.device), self.min_obs) if self.windows else (x[:, None][:, :0], known[:, None][:, :0])
-        if not self.frequencies: return z, enough
-        residual, full = frequency_residual(shifted, known, self.frequencies)
-        return torch.cat([z, residual[:, None]], 1), torch.cat([enough, full[:, None]], 1)
+        parts = []
+        if self.windows: parts.append(rolling_z(shifted, known, band(x.shape[1], self.windows).to(x.device), self.min_obs))
+        if self.frequencies: parts.append([a[:, None] for a in frequency_residual(shifted, known, self.frequencies)])
+        return [torch.cat(p, 1) for p in zip(*parts)]
 
     def weights(self)->Tensor: # [W+1, C], adding up to 1 over the candidates
         "How much of each window (and of the Fourier residual, last) a channel uses"

@@ -25,9 +25,9 @@ FEATURES = ('ret_1d', 'own', 'periodic', 'shifting', 'volatility', 'turnover', '
 @dataclass(frozen=True)
 class MarketSpec:
     "The embedded market; strengths are expected return per day in units of daily volatility"
-    codes:int = 240                        # N instruments, listings and delistings included
+    codes:int = 200                        # N instruments, listings and delistings included
     days:int = 800                         # D trading days
-    clusters:int = 24                      # groups of correlated codes
+    clusters:int = 20                      # groups of correlated codes
     effects:tuple[str, ...] = EFFECTS      # which effects are planted; () is pure noise
     own:float = .12                        # strength of the own-history signal
     peers:float = .20                      # return per unit of the peers' mean return of the day before

@@ -31,7 +31,7 @@ from .graph import GraphCache, GraphSpec
 from .losses import TERMS, loss_terms, mean_interval, rank_ic, total_loss
 from .market import open_panel
 from .network import ATFT, Forecast, NetworkSpec, parameter_groups
-from .project import dated, project_root, provenance, provenance_table, save_figure, table, write_text
+from .project import dated, project_root, provenance, provenance_table, save_figure, table, with_interval, write_text
 
 # %% ../nbs/03_phases.ipynb #Phase
 @dataclass(frozen=True)
@@ -88,16 +88,17 @@ def override(
         where, _, value = change.partition('=')
         number, _, name = where.strip().rpartition('.')
         if name not in Phase.__dataclass_fields__ or number not in ('', *map(str, range(len(phases)))):
-            raise AtftError(f'overrides: {change!r} names no field of the phase table; write N.FIELD=VALUE with FIELD one of {", ".join(Phase.__dataclass_fields__)}')
-        for i in [int(number)] if number else range(len(phases)): phases[i] = replace(phases[i], **{name: _parse(getattr(phases[i], name), value, change)})
+            raise AtftError(f'overrides: {change!r} names no field of the phase table; '
+                            f'write N.FIELD=VALUE with FIELD one of {", ".join(Phase.__dataclass_fields__)}')
+        for i in [int(number)] if number else range(len(phases)):
+            phases[i] = replace(phases[i], **{name: _parse(getattr(phases[i], name), value, change)})
     return tuple(phases)
 
 def _parse(old, value, change):
     "`value` in the type of the field's `old` value"
-    try: return type(old)(float(v) if _is_number(v) else v for v in value.split()) if isinstance(old, tuple) else type(old)(value)
+    number = lambda v: float(v) if old and not isinstance(old[0], str) else v
+    try: return tuple(map(number, value.split())) if isinstance(old, tuple) else type(old)(value)
     except ValueError: raise AtftError(f'overrides: {change!r} is not a {type(old).__name__} like {old!r}') from None
-
-def _is_number(v): return v.replace('.', '').replace('e', '').replace('-', '').isdigit()
 
 # %% ../nbs/03_phases.ipynb #RunSpec
 @dataclass(frozen=True)
@@ -160,8 +161,12 @@ def check_run(
         if getattr(spec, name) is not None and getattr(spec, name) < 1: raise AtftError(f'{name}={getattr(spec, name)} must be at least 1')
     return replace(spec, run_dir=str(spec.run_dir or project_root()/'runs'/(Path(spec.data).name if spec.data else 'embedded')), phase=str(spec.phase))
 
-def graph_spec(spec:RunSpec): return GraphSpec(spec.graph_lookback, spec.k, spec.threshold, spec.min_obs)
-def network_spec(spec:RunSpec, features:int, horizons:int):
+def graph_spec(spec:RunSpec)->GraphSpec:
+    "The graph's part of a run"
+    return GraphSpec(spec.graph_lookback, spec.k, spec.threshold, spec.min_obs)
+
+def network_spec(spec:RunSpec, features:int, horizons:int)->NetworkSpec:
+    "The network's part of a run, for a panel's numbers of features and horizons"
     return NetworkSpec(features, horizons, spec.hidden, spec.heads, spec.dropout, tuple(spec.fan_windows), spec.fan_frequencies, spec.san_slices, spec.san_overlap)
 
 # %% ../nbs/03_phases.ipynb #Setup
@@ -256,7 +261,8 @@ def train_epoch(
         step = stack(days, s, 'graph' in phase.parts)
         terms = loss_terms(net(step.x, step.edge_index, step.edge_attr), step.y, step.sizes)
         loss = total_loss(terms, phase.terms, weights)
-        if not loss.isfinite(): raise AtftError(f'training: the loss is {loss.item()} on {days[0].date} .. {days[-1].date}; lower the learning rate or look at these days')
+        if not loss.isfinite():
+            raise AtftError(f'training: the loss is {loss.item()} on {days[0].date} .. {days[-1].date}; lower the learning rate or look at these days')
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), phase.clip)
@@ -302,7 +308,8 @@ def validate(
         spread.append(p.forecast.score.std(0))
     daily, spread = torch.stack(daily), torch.stack(spread).median(0).values
     if (spread < 1e-4*torch.from_numpy(s.target.scale_)).any():
-        raise AtftError(f'training: predictions are constant across codes (spread {spread.min():.1e}); the model has collapsed, lower the learning rate or raise the rank IC weight')
+        raise AtftError(f'training: predictions are constant across codes (spread {spread.min():.1e}); '
+                        'the model has collapsed, lower the learning rate or raise the rank IC weight')
     return dict(rank_ic=daily.nanmean(0).tolist(), spread=spread.tolist(), daily=daily.tolist())
 
 # %% ../nbs/03_phases.ipynb #identity
@@ -328,8 +335,10 @@ def load_checkpoint(
 )->dict:
     "Read a checkpoint, weights only, and refuse one that does not fit"
     try: state = torch.load(path, map_location='cpu', weights_only=True)
-    except (OSError, EOFError, KeyError, RuntimeError, ValueError, pickle.UnpicklingError) as e: raise AtftError(f'checkpoint {path} cannot be read ({type(e).__name__}: {str(e).splitlines()[0]}); train its phase again') from None
-    if not isinstance(state, dict) or state.get('version') != CHECKPOINT_VERSION: raise AtftError(f'checkpoint {path} is not one of this version ({CHECKPOINT_VERSION})')
+    except (OSError, EOFError, KeyError, RuntimeError, ValueError, pickle.UnpicklingError) as e:
+        raise AtftError(f'checkpoint {path} cannot be read ({type(e).__name__}: {str(e).splitlines()[0]}); train its phase again') from None
+    if not isinstance(state, dict) or state.get('version') != CHECKPOINT_VERSION:
+        raise AtftError(f'checkpoint {path} is not one of this version ({CHECKPOINT_VERSION})')
     if s is not None and state['identity'] != identity(s):
         other, mine = state['identity'], identity(s)
         flat = lambda d: {**{k: v for k, v in d.items() if k != 'network'}, **d['network']}
@@ -424,8 +433,12 @@ def metrics(
     return dict(version=1, phase=t.number, name=t.phase.name, parts=sorted(t.phase.parts), best_epoch=t.best_epoch, score=best['score'],
                 valid_rank_ic=intervals, minutes=sum(h['seconds'] for h in t.history)/60, epochs=epochs)
 
-def write_json(path:Path, content): # NaN is written as null
-    clean = lambda v: {k: clean(x) for k, x in v.items()} if isinstance(v, dict) else [clean(x) for x in v] if isinstance(v, (list, tuple)) else None if v != v else v
+def write_json(path:Path, content):
+    "Write JSON whole or not at all; NaN becomes null"
+    def clean(v):
+        if isinstance(v, dict): return {k: clean(x) for k, x in v.items()}
+        if isinstance(v, (list, tuple)): return [clean(x) for x in v]
+        return None if v != v else v
     with atomic_path(path) as temp: temp.write_text(json.dumps(clean(content), indent=1))
 
 # %% ../nbs/03_phases.ipynb #_is_done
@@ -457,10 +470,12 @@ def train_phase(
     t, last = Trainer(s, number, phase, net), run/f'phase{number}_last.pt'
     if s.spec.resume_checkpoint == 'auto' and last.exists() and not _is_done(run, number): t.load_state_dict(load_checkpoint(last, s))
     (run/f'phase{number}_metrics.json').unlink(missing_ok=True)  # written last: its presence means the phase is whole
-    with tqdm(total=t.epochs*len(s.split.train), initial=max(t.trained, 0)*len(s.split.train), desc=f'phase {number} {phase.name}', unit='day', disable=not show, leave=True, mininterval=1) as bar:
+    days = len(s.split.train)
+    with tqdm(total=t.epochs*days, initial=max(t.trained, 0)*days, desc=f'phase {number} {phase.name}', unit='day', disable=not show, mininterval=1) as bar:
         while not t.history or not t.done:
             h = t.epoch(bar)
-            bar.set_postfix_str(f'epoch {h["epoch"]}/{t.epochs} loss {h["train"]["loss"]:+.3f} rank IC {h["score"]:+.4f} best {t.history[t.best_epoch]["score"]:+.4f}')
+            best = t.history[t.best_epoch]['score']
+            bar.set_postfix_str(f'epoch {h["epoch"]}/{t.epochs} loss {h["train"]["loss"]:+.3f} rank IC {h["score"]:+.4f} best {best:+.4f}')
             if s.spec.save_phase_checkpoint: save_checkpoint(last, s, number, t.net, **t.state_dict())
     t.net.load_state_dict(t.best)
     if s.spec.save_phase_checkpoint: save_checkpoint(run/f'phase{number}_best.pt', s, number, t.net)
@@ -522,7 +537,8 @@ def plot_history(
         for gate, color in zip(m['epochs'][0]['gates'], ('tab:orange', 'tab:green', 'tab:purple')):
             axes[2].plot(x, [e['gates'][gate] for e in m['epochs']], '.-', color=color, label=gate.split('.')[0] if start == 0 else None)
         start += len(x)
-    for ax, title in zip(axes, ('training loss (terms weighted by phase)', 'validation rank IC (star: kept)', 'gates, mean |tanh g|')): ax.set(title=title, xlabel='epoch')
+    titles = 'training loss (terms weighted by phase)', 'validation rank IC (star: kept)', 'gates, mean |tanh g|'
+    for ax, title in zip(axes, titles): ax.set(title=title, xlabel='epoch')
     axes[0].legend(frameon=False, fontsize=7); axes[2].legend(frameon=False, fontsize=7)
     return fig
 
@@ -536,17 +552,21 @@ def write_report(
     run = Path(spec.run_dir)
     config = json.loads((run/'config.json').read_text())
     results = {n: json.loads((run/f'phase{n}_metrics.json').read_text()) for n in range(len(PHASES)) if _is_done(run, n)}
-    report = dated(report_dir, 'phases')
-    cell = lambda i: f'{i["mean"]:+.4f} [{i["low"]:+.4f}, {i["high"]:+.4f}]' if i['low'] is not None else f'{i["mean"]:+.4f} (too few days)'
+    report, split = dated(report_dir, 'phases'), config['split']
     horizons = list(results[max(results)]['valid_rank_ic'])
-    rows = [[n, m['name'], f'{m["best_epoch"]} of {len(m["epochs"])-1}', *(cell(m['valid_rank_ic'][h]) for h in horizons), f'{m["minutes"]:.1f}', f'`{run.name}/phase{n}_best.pt`'] for n, m in results.items()]
-    split = config['split']
+    def row(n, m):
+        cells = [with_interval(i['mean'], i['low'], i['high']) for i in (m['valid_rank_ic'][h] for h in horizons)]
+        return [n, m['name'], f'{m["best_epoch"]} of {len(m["epochs"])-1}', *cells, f'{m["minutes"]:.1f}', f'`{run.name}/phase{n}_best.pt`']
     facts = provenance(command, f'{config["data"]["panel"]}; {config["data"]["source"]}', spec.seed, sum(m['minutes'] for m in results.values()))
+    phases = tuple(Phase(**{k: tuple(v) if isinstance(v, list) else v for k, v in p.items()}) for p in config['phases'])
+    days = ', '.join(f'{k} {n} days {a} .. {b}' for k, (a, b, n) in split.items())
     return write_text(report, ['# What was trained', provenance_table(facts),
-        'Trained on ' + ', '.join(f'{k} {v[2]} days {v[0]} .. {v[1]}' for k, v in split.items()) + f', a gap of {spec.embargo} sessions and the longest horizon before each border.',
-        '## Validation rank IC by phase', 'Mean over the validation days at the kept epoch (0: the weights it started with, training did not improve them), with a 95% interval (Newey-West, fixed-b). The epoch was chosen on these days, so the test days of the evaluation report are the ones to believe.',
-        table(['phase', 'name', 'kept epoch', *(f'h={h}' for h in horizons), 'minutes', 'checkpoint'], rows), save_figure(plot_history(results), report, 'curves'),
-        '## The phase table', phase_table(tuple(Phase(**{k: tuple(v) if isinstance(v, list) else v for k, v in p.items()}) for p in config['phases']))])
+        f'Trained on {days}, a gap of {spec.embargo} sessions and the longest horizon before each border.',
+        '## Validation rank IC by phase',
+        'Mean over the validation days at the kept epoch (0: the weights a phase started with; training did not improve them), with a 95% interval '
+        '(Newey-West, fixed-b). The epoch was chosen on these days, so the test days of the evaluation report are the ones to believe.',
+        table(['phase', 'name', 'kept epoch', *(f'h={h}' for h in horizons), 'minutes', 'checkpoint'], [row(n, m) for n, m in results.items()]),
+        save_figure(plot_history(results), report, 'curves'), '## The phase table', phase_table(phases)])
 
 # %% ../nbs/03_phases.ipynb #main
 def main():

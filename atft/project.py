@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROAD', 'plot_road', 'project_root', 'from_root', 'check_parameters', 'git_commit', 'hardware', 'provenance',
-           'provenance_table', 'dated', 'save_figure', 'write_text', 'table', 'default_output', 'papermill_main',
-           'site_links']
+           'provenance_table', 'dated', 'save_figure', 'write_text', 'with_interval', 'table', 'default_output',
+           'papermill_main', 'site_links']
 
 # %% ../nbs/00b_project.ipynb #imports
 import os, platform, re, subprocess, sys
@@ -124,6 +124,15 @@ def write_text(
     "Write a markdown file whole or not at all"
     with atomic_path(path) as temp: temp.write_text('\n\n'.join(parts)+'\n', encoding='utf-8')
     return Path(path)
+
+def with_interval(
+    value:float,
+    low:float|None,     # of the 95% interval; None or NaN where there are too few days for one
+    high:float|None,
+    form:str='+.4f',
+)->str:
+    "A number and its interval; a number without one is not printed"
+    return 'too few days' if low is None or low != low else f'{value:{form}} [{low:{form}}, {high:{form}}]'
 
 def table(
     head:list[str],        # column names
