@@ -3,7 +3,7 @@
 .PHONY: help run test report lab docs export env
 SHELL := /bin/bash
 BIN := .venv/bin
-EPOCHS ?= 4
+EPOCHS ?= 3
 RUN ?= runs/embedded
 DATA ?=
 # the first python that is new enough

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'CAVEATS', 'load_predictions', 'Dense', 'dense', 'daily_ic', 'bootstrap_interval', 'evaluate', 'compare',
            'decile_returns', 'plot_deciles', 'target_weights', 'backtest', 'performance', 'reversal', 'ridge',
-           'boosting', 'baselines', 'RunResult', 'load_run', 'rank_ic_table', 'difference_table', 'effect', 'verdict',
-           'plot_evaluation', 'write_report']
+           'boosting', 'baselines', 'RunResult', 'load_run', 'rank_ic_table', 'difference_table', 'same', 'effect',
+           'verdict', 'plot_evaluation', 'write_report']
 
 # %% ../nbs/04_eval.ipynb #imports
 import importlib.util, json
@@ -334,10 +334,17 @@ def difference_table(
 )->str:
     "Paired differences with intervals; bold where the interval leaves zero out"
     def cell(r):
+        if same(r): return 'the same'
         text = with_interval(r['difference'], r['low'], r['high'])
         return text if effect(r) is None else f'**{text}**'
     rows = [[f'{b} against {a}', *map(cell, c.iter_rows(named=True))] for a, b, c in pairs]
     return table(['', *(f'h={h}' for h in pairs[0][2]['horizon'])], rows)
+
+def same(
+    row:dict, # of `compare`
+)->bool:
+    "Whether both predicted the same, as a phase does that kept the weights it was given"
+    return row['difference'] == row['low'] == row['high'] == 0
 
 def effect(
     row:dict, # of `compare`
@@ -359,7 +366,9 @@ def verdict(
     share = f', {r["rank_ic"]/short["oracle"]["rank_ic"]:.0%} of the oracle\'s' if 'oracle' in short else ''
     first = f'Phase {last} ranks the next day with a rank IC of {with_interval(r["rank_ic"], r["low"], r["high"])} on {r["days"]} test days, {clear}{share}.'
     said = {1: 'helps', -1: 'hurts', None: 'makes no measurable difference'}
-    steps = [f'phase {b} {said[effect(d)]} ({with_interval(d["difference"], d["low"], d["high"])})' for a, b, d in rows if a in result.phases]
+    step = lambda b, d: (f'phase {b} kept the weights it was given' if same(d) else
+                         f'phase {b} {said[effect(d)]} ({with_interval(d["difference"], d["low"], d["high"])})')
+    steps = [step(b, d) for a, b, d in rows if a in result.phases]
     second = f'Each phase against the one before, one day ahead: {"; ".join(steps)}.' if steps else 'Only one phase was trained.'
     rival, _, d = max((row for row in rows if row[0] in result.baselines), key=lambda row: short[row[0]]['rank_ic'])
     place = {1: 'is ahead of', -1: 'is behind', None: 'is not distinguishable from'}[effect(d)]
@@ -441,7 +450,8 @@ def write_report(
         '## Rank IC on the test days',
         'Mean of the daily Spearman correlation with a 95% interval (Newey-West with lag max(5, 2h), fixed-b critical values).',
         rank_ic_table(evaluations), cumulative, f'Predictions are constant across codes on {constant} test days, all phases and horizons together.',
-        '## What each step adds', 'Differences of daily rank IC on the same rows, paired by day; bold where the interval leaves zero out.',
+        '## What each step adds', 'Differences of daily rank IC on the same rows, paired by day; bold where the interval leaves zero out. '
+        'A phase is *the same* as the one before when no epoch of it was better on the validation days: it then keeps the weights it was given.',
         difference_table(pairs),
         '## Deciles and costs', deciles, _backtest_table(result, cost_bps), profit, '## What to keep in mind', CAVEATS])
     write_text(Path(run_dir)/'verdict.txt', ['\n'.join([f'report: {report}', *sentences])])
