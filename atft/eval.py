@@ -88,20 +88,21 @@ def bootstrap_interval(
     seed:int=0,
 )->tuple[float, float]: # low, high of the 95% percentile interval; NaN with fewer than 20 days or without variation
     "Stationary bootstrap (Politis and Romano, 1994) with automatic block length, by the arch library"
-    if len(x) < 20 or np.ptp(x) == 0: return np.nan, np.nan
+    if not draws or len(x) < 20 or np.ptp(x) == 0: return np.nan, np.nan
     block = max(1., float(optimal_block_length(x)['stationary'].iloc[0]))
     low, high = StationaryBootstrap(block, x, seed=seed).conf_int(lambda v: np.atleast_1d(statistic(v)), draws, method='percentile')[:, 0]
     return float(low), float(high)
 
 # %% ../nbs/04_eval.ipynb #evaluate
 def evaluate(
-    predictions, # anything that `load_predictions` takes
-)->pl.DataFrame: # a row per horizon: rank_ic, low, high, t, icir, hit_rate, boot_low, boot_high, ic, days, days_constant, names
+    predictions,    # anything that `load_predictions` takes
+    draws:int=2000, # of the stationary bootstrap; 0: leave boot_low and boot_high null
+)->pl.DataFrame:    # a row per horizon: rank_ic, low, high, t, icir, hit_rate, boot_low, boot_high, ic, days, days_constant, names
     "Rank IC of each horizon with 95% intervals; low and high are null when there are fewer than 10 h days"
     daily, rows = daily_ic(load_predictions(predictions)), []
     for (h,), d in daily.group_by('horizon', maintain_order=True):
         x = d['rank_ic'].drop_nulls().to_numpy()
-        i, boot = mean_interval(x, h), bootstrap_interval(x)
+        i, boot = mean_interval(x, h), bootstrap_interval(x, draws=draws)
         rows.append(dict(horizon=h, rank_ic=i['mean'], low=i['low'], high=i['high'], t=i['t'], icir=x.mean()/x.std() if len(x) > 1 and x.std() > 0 else np.nan,
             hit_rate=(x > 0).mean() if len(x) else np.nan, boot_low=boot[0], boot_high=boot[1], ic=d['ic'].mean(), days=len(x),
             days_constant=int((d.drop_nulls('rank_ic')['spread'].fill_null(0) <= 0).sum()), names=d['names'].mean()))
@@ -440,7 +441,7 @@ def write_report(
     "Write the evaluation report of a run, and its verdict into the run folder"
     result, report = load_run(run_dir), dated(report_dir, name)
     everything, data = {**result.phases, **result.baselines}, result.config['data']
-    evaluations, pairs = {n: evaluate(t) for n, t in everything.items()}, _pairs(result)
+    evaluations, pairs = {n: evaluate(t, draws=0) for n, t in everything.items()}, _pairs(result)
     sentences = verdict(result, evaluations, pairs, cost_bps)
     command = f'papermill nbs/04_eval.ipynb -p run_dir runs/{Path(run_dir).name}' + (f' -p name {name}' if name != 'evaluation' else '')
     facts = provenance(command, f'{data["panel"]}; {data["source"]}', result.config['run']['seed'], result.minutes)
