@@ -90,7 +90,7 @@ def write_panel(
     spec:PanelSpec,                  # which columns are features and horizons
     row_group:int=65_536,            # rows per Parquet row group: the unit of decoding
     source:str='',                   # a line on where the data comes from, for reports
-)->'Panel':
+): # the panel, opened
     "Write `table` as a folder of yearly shards sorted by (date, code), the manifest `panel.json` last"
     folder, table = Path(folder), table.lazy().collect()
     missing = [c for c in spec.columns if c not in table.columns]
