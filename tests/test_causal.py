@@ -42,15 +42,14 @@ def test_future_bars_move_no_feature_scaler_graph_or_prediction(tmp_path):
 
 @pytest.mark.parametrize('seed', [0, 1])
 def test_a_market_of_noise_yields_nothing(seed, tmp_path):
-    noise = embedded_panel(MarketSpec(codes=60, days=420, clusters=6, effects=(), seed=seed), cache=tmp_path)
+    noise = embedded_panel(MarketSpec(codes=60, days=1000, clusters=6, effects=(), seed=seed), cache=tmp_path)
     run = replace(SMALL, run_dir=str(tmp_path/'run'), phase='0-3', seed=seed)
     run_phases(run, noise, show=False)
-    # two seeds, four phases and two horizons are 16 intervals held at once: Bonferroni widens each by 2.95/1.96
     for phase in range(4):
         test = pl.read_parquet(tmp_path/f'run/phase{phase}_predictions.parquet').filter(pl.col('split') == 'test')
         judged = evaluate(test, draws=0).drop_nulls('low')
-        assert len(judged) == 2
-        for row in judged.iter_rows(named=True): assert abs(row['rank_ic']) < 2.95/1.96*(row['high']-row['low'])/2, row
+        assert len(judged) >= 2
+        for row in judged.iter_rows(named=True): assert row['low'] < 0 < row['high'], row
 
 def test_the_purge_and_the_embargo_stand_between_training_and_judging(small_market):
     s = setup(replace(SMALL, run_dir='unused', embargo=7), small_market)
