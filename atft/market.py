@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from .data import AtftError, Panel, PanelSpec, atomic_path, write_panel
+from .panel import FORMAT, AtftError, Panel, PanelSpec, adopt_panel, atomic_path, build_once, write_panel
 
 # %% ../nbs/00a_market.ipynb #MarketSpec
 EFFECTS = ('own', 'peers', 'periodic', 'shift')
@@ -330,33 +330,29 @@ def _compare_up_to(whole, other, day, ignore, what):
         moved = a.filter(a[c].ne_missing(b[c]))
         if len(moved): raise AssertionError(f'look-ahead: column {c!r} changed on {moved["date"].min()} when {what}')
 
-# %% ../nbs/00a_market.ipynb #_cached
-def _cached(folder, make):
-    "The panel in `folder`, made by `make(folder)` when it is not there"
-    return Panel(folder) if (folder/'panel.json').exists() else make(folder)
-
+# %% ../nbs/00a_market.ipynb #embedded_panel
 def embedded_panel(
     spec:MarketSpec|None=None,     # None: the default market
     cache:str|Path='runs/cache',   # where made panels are kept
 )->Panel:
     "The synthetic market as a panel on disk, its oracle beside it"
     spec = spec or MarketSpec()
-    key = hashlib.sha256(json.dumps(asdict(spec), sort_keys=True).encode()).hexdigest()[:12]
+    key = hashlib.sha256(json.dumps([FORMAT, asdict(spec)], sort_keys=True).encode()).hexdigest()[:12]
     def make(folder):
         market = synthetic_market(spec)
         with atomic_path(folder/'oracle.parquet') as temp: market.oracle.write_parquet(temp)
         return write_panel(market.panel, folder, market.panel_spec, source=f'embedded market, effects {", ".join(spec.effects) or "none"}, seed {spec.seed}')
-    return _cached(Path(cache)/f'market-{key}', make)
+    return Panel(build_once(Path(cache)/f'market-{key}', make))
 
 # %% ../nbs/00a_market.ipynb #_content_key
 def _content_key(shards, **more):
     "A name for the content of some files and the options of their conversion"
-    digest = hashlib.sha256(json.dumps(more, sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps([FORMAT, more], sort_keys=True).encode())
     for s in shards: digest.update(s.name.encode()+s.read_bytes())
     return digest.hexdigest()[:12]
 
 def open_panel(
-    data:str|Path|None=None,          # folder of a panel or of OHLCV shards; None: the embedded market
+    data:str|Path|None=None,          # folder of a panel, of feature shards with a `panel.json` that names the columns, or of OHLCV shards; None: the embedded market
     cache:str|Path='runs/cache',      # where converted panels are kept
     columns:dict[str, str]|None=None, # vendor's OHLCV names -> ours
     scale:str='rank',                 # how OHLCV features are compared within a day
@@ -365,10 +361,13 @@ def open_panel(
     if data is None: return embedded_panel(cache=cache)
     folder = Path(data)
     if not folder.is_dir(): raise AtftError(f'data folder {data} does not exist; check the path')
-    if (folder/'panel.json').exists(): return Panel(folder)
+    if (folder/'panel.json').exists():
+        meta = json.loads((folder/'panel.json').read_text())
+        if 'shards' in meta: return Panel(folder)
+        return adopt_panel(folder, PanelSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in meta.items()}), cache)
     shards = sorted(folder.glob('*.parquet'))
     if not shards: raise AtftError(f'data folder {data} holds no panel.json and no .parquet shards')
     def make(target):
         table = panel_from_ohlcv(pl.scan_parquet(shards), columns, scale)
         return write_panel(table, target, PanelSpec(features=tuple(ohlcv_features())), source=f'OHLCV bars of {folder.name}, {scale} features')
-    return _cached(Path(cache)/f'{folder.name}-{_content_key(shards, columns=columns, scale=scale)}', make)
+    return Panel(build_once(Path(cache)/f'{folder.name}-{_content_key(shards, columns=columns, scale=scale)}', make))

@@ -16,11 +16,11 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 
-from .data import AtftError, atomic_path
+from .panel import AtftError, atomic_path
 
 # %% ../nbs/00b_project.ipynb #plot_road
-ROAD = ('00_data', '00a_market', '01_graph', '02_fan_san', '02a_network', '02b_losses', '03_phases', '04_eval')
-_STEPS = dict(zip(ROAD, ('Parquet to\ndays', 'market,\nfeatures', 'correlation\ngraph', 'FAN, SAN', 'network', 'losses', 'five\nphases', 'report')))
+ROAD = ('00_panel', '00_data', '00a_market', '01_graph', '02_fan_san', '02a_network', '02b_losses', '03_phases', '04_eval')
+_STEPS = dict(zip(ROAD, ('shards,\nmanifest', 'stream\nof days', 'market,\nfeatures', 'correlation\ngraph', 'FAN, SAN', 'network', 'losses', 'five\nphases', 'report')))
 
 def plot_road(
     here:str='', # the notebook to print in bold, one of `ROAD`
