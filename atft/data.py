@@ -376,10 +376,11 @@ class _Filling:
         "A decoded row group; the span before may have it already"
         if self.before and g in self.before.tasks:
             self.before.tasks[g].result()
-            return self.before.kept.pop(g)
-        spec = self.panel.spec
-        columns = [*spec.features, *spec.targets, spec.ret] if g.last >= self.start else [spec.ret]
-        rows = _rows_of(self.panel, g, list(dict.fromkeys(columns)), self.codes)
+            rows = self.before.kept.pop(g)
+        else:
+            spec = self.panel.spec
+            columns = [*spec.features, *spec.targets, spec.ret] if g.last >= self.start else [spec.ret]
+            rows = _rows_of(self.panel, g, list(dict.fromkeys(columns)), self.codes)
         if g.last > self.last: self.kept[g] = rows
         return rows
 
