@@ -7,6 +7,7 @@ ROOT = Path(__file__).parents[1]
 
 def pytest_addoption(parser):
     parser.addoption('--data', default=None, help='folder of daily OHLCV shards, for the tests on real market data')
+    parser.addoption('--race-seconds', default='8', help='how long eight processes race for one cache')
 
 @pytest.fixture
 def market_data(request):

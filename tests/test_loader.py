@@ -1,12 +1,12 @@
 "The stream: the same days from any number of workers, ranks and restarts, with polars alive in the parent"
-import multiprocessing, os, resource, signal, subprocess, sys, threading, time
+import multiprocessing, os, signal, subprocess, sys, time
 from itertools import product
 import numpy as np
 import polars as pl
 import pytest
 import torch
 from torch.utils.data import DataLoader
-from atft.data import AtftError, OnlineRobustScaler, Panel, PanelSpec, ParquetStockIterableDataset, make_loader, write_panel
+from atft.data import AtftError, PanelSpec, ParquetStockIterableDataset, make_loader, write_panel
 
 WORKERS = (0, 1, 2, 4)
 
@@ -98,14 +98,15 @@ def test_an_error_in_a_worker_arrives_as_one_line(small_market, tmp_path):
     with pytest.raises(AtftError) as e: list(loader)
     assert shard.name in str(e.value) and '\n' not in str(e.value) and str(e.value).startswith('shard ')
 
-MEASURE = '''
-import resource, sys
+MEASURE = r'''
+import re, sys
 from atft.data import Panel, ParquetStockIterableDataset, make_loader
 for b in make_loader(ParquetStockIterableDataset(Panel(sys.argv[1]), lookback=60, span=64)): b.x
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(re.search(r'VmHWM:\s+(\d+)', open('/proc/self/status').read())[1])  # ru_maxrss would be the parent's
 '''
 
 @pytest.mark.timeout(300)
+@pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='peak memory is read from /proc, which only Linux has')
 def test_peak_memory_does_not_grow_with_the_history(tmp_path):
     C, F, year = 300, 24, 200
     rng, spec, peak = np.random.default_rng(0), PanelSpec(features=tuple(f'f{i}' for i in range(F)), horizons=(1,)), {}
@@ -115,4 +116,4 @@ def test_peak_memory_does_not_grow_with_the_history(tmp_path):
         table = pl.DataFrame(dict(date=days, code=np.tile([f'C{i:03d}' for i in range(C)], D)) | {c: rng.standard_normal(C*D, dtype=np.float32) for c in (*spec.features, 'ret_1d', 'target_1d')})
         write_panel(table.filter(pl.int_range(pl.len()) % 50 > 0), tmp_path/str(times), spec)
         peak[times] = min(int(subprocess.run([sys.executable, '-c', MEASURE, str(tmp_path/str(times))], capture_output=True, text=True, check=True).stdout) for _ in range(2))
-    assert peak[16] < 1.1*peak[4] < 1.21*peak[1], peak
+    assert max(peak.values()) < 1.1*min(peak.values()), peak
