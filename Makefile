@@ -1,6 +1,6 @@
 # The two commands: `make run` and `make test`. Each makes its own environment if there is none.
 .DEFAULT_GOAL := help
-.PHONY: help run test report lab docs export env
+.PHONY: help run test report bench lab docs export env
 SHELL := /bin/bash
 BIN := .venv/bin
 EPOCHS ?= 3
@@ -32,6 +32,9 @@ test: env ## run every test: the notebooks, then tests/ (DATA=folder for the tes
 
 report: env ## write the evaluation report of a run: make report RUN=runs/NAME
 	$(BIN)/papermill nbs/04_eval.ipynb -p run_dir $(RUN)
+
+bench: env ## measure every speed claim beside its peers, a few minutes; writes reports/bench_YYYYMMDD.md (DATA=folder for the scaler's error)
+	$(BIN)/papermill nbs/06_bench.ipynb -p codes 3818 -p days 750 -p features 64 -p rounds 7 -p nodes 3818,10000 $(if $(DATA),-p data $(abspath $(DATA))) -p report_dir reports
 
 lab: env ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab nbs
