@@ -70,9 +70,9 @@ def _sides(returns, spec):
         yield _Side(rows, x[rows]*root, known[rows]*root, x[rows].square()*root, days[rows], full)
 
 # %% ../nbs/01_graph.ipynb #_pairs
-def _pairs(a, b, room):
-    "Into room[0] the numerator of the correlation (for its sign), into room[1] its square [n_a, n_b]; room[2] is W, room[3] and room[5] the variances times W^2"
-    top, square, weight, va, sa, vb, sb = (r[:len(a.index)] for r in room)
+def _pairs(a, b, room, square, min_obs):
+    "Into room[0] the numerator of the correlation (for its sign), into `square` [n_a, n_b] its square, 0 for pairs with too few common days or no variance on them"
+    top, weight, va, sa, vb, sb = (r[:len(a.index)] for r in room)
     torch.mm(a.x, b.x.T, out=top)
     if a.full and b.full: return torch.square(top, out=square)
     if a.full or b.full: weight.copy_(b.m.square().sum(1) if a.full else a.m.square().sum(1)[:, None])
@@ -81,45 +81,39 @@ def _pairs(a, b, room):
     if not a.full: torch.mm(a.m, b.q.T, out=vb).mul_(weight).addcmul_(torch.mm(a.m, b.x.T, out=sb), sb, value=-1)
     top.mul_(weight)
     if not (a.full or b.full): top.addcmul_(sa, sb, value=-1)
-    torch.square(top, out=square).div_(weight if b.full else va).div_(weight if a.full else vb)
-
-def _undefined(a, b, room, min_obs):
-    "Pairs [n_a, n_b] without a correlation: too few common days, or no variance on them"
-    _, _, weight, va, _, vb, _ = (r[:len(a.index)] for r in room)
-    few = (a.m > 0).float() @ (b.m > 0).float().T < min_obs
-    for full, v in ((b.full, va), (a.full, vb)):
-        if not full: few |= v <= 1e-5*weight
-    return few
+    torch.div(torch.square(top, out=sa).div_(weight if b.full else va), weight if a.full else vb, out=square)
+    for full, v in ((b.full, va), (a.full, vb)):  # the smallest first: hardly ever is one so small
+        if not full and v.amin() <= 1e-5*a.x.shape[1]: square.masked_fill_(v <= 1e-5*weight, 0)
+    if int(a.days.min()+b.days.min())-a.x.shape[1] < min_obs:
+        square.masked_fill_((a.m > 0).float() @ (b.m > 0).float().T < min_obs, 0)
 
 # %% ../nbs/01_graph.ipynb #_strongest
 def _strongest(sides, spec, block):
     "(source, target, correlation) of each code's k strongest neighbours at or above the threshold"
     sides = [s for s in sides if len(s.index)]
-    index, keep, parts, at = torch.cat([s.index for s in sides]), 1-spec.shrinkage, [], 0
-    fewest, T, k = min(int(s.days.min()) for s in sides), sides[0].x.shape[1], min(spec.k, len(index))
-    lefts = (0, len(sides[0].index))
-    rooms = [torch.empty(7, min(block, len(index)), len(s.index), device=index.device) for s in sides]
-    for room in rooms: room[2:4], room[5] = 1, 1  # what a complete side leaves unwritten
-    joint = torch.empty(rooms[0].shape[1], len(index), device=index.device)
+    index, at = torch.cat([s.index for s in sides]), 0
+    N, k = len(index), min(spec.k, len(index))
+    lefts = np.cumsum([0, *(len(s.index) for s in sides)])
+    rooms = [torch.empty(6, min(block, N), len(s.index), device=index.device) for s in sides]
+    square = torch.empty(min(block, N), N, device=index.device)
+    best, sign = torch.empty(2, N, k, device=index.device)
+    neighbour = torch.empty(N, k, dtype=torch.long, device=index.device)
     for side in sides:
-        for start in range(0, len(side.index), block):
-            a = side.cut(slice(start, start+block))
-            n, rows = len(a.index), torch.arange(len(a.index), device=index.device)
-            for b, room in zip(sides, rooms): _pairs(a, b, room)
-            square = rooms[0][1, :n] if len(sides) == 1 else torch.cat([room[1, :n] for room in rooms], 1, out=joint[:n])
-            square[rows, at+start+rows] = 0
-            best, neighbour = square.topk(k, dim=1, sorted=False)
-            def chosen(i): return sum(torch.where((neighbour >= l) & (neighbour < l+room.shape[2]), room[i, :n].gather(1, (neighbour-l).clamp(0, room.shape[2]-1)), 0)
-                                      for l, room in zip(lefts, rooms))
-            gaps = not all(s.full for s in sides)
-            if gaps and (int(side.days.min())+fewest-T < spec.min_obs or any((chosen(i) <= 1e-5*chosen(2)).any() for i in (3, 5))):
-                for b, room, l in zip(sides, rooms, lefts): square[:, l:l+len(b.index)].masked_fill_(_undefined(a, b, room, spec.min_obs), 0)
-                best, neighbour = square.topk(k, dim=1, sorted=False)
-            r = (best.sqrt()*keep).clamp(max=1)*chosen(0).sign()
-            row, nth = (r.abs() >= spec.threshold).nonzero(as_tuple=True)
-            parts.append((a.index[row], index[neighbour[row, nth]], r[row, nth]))
-        at += len(side.index)
-    return [torch.cat(p) for p in zip(*parts)]
+        for a in (side.cut(slice(s, s+block)) for s in range(0, len(side.index), block)):
+            n = len(a.index)
+            part, to = square[:n], slice(at, at+n)
+            for b, room, l in zip(sides, rooms, lefts): _pairs(a, b, room, part[:, l:l+len(b.index)], spec.min_obs)
+            part.diagonal(at).zero_()
+            torch.topk(part, k, dim=1, sorted=False, out=(best[to], neighbour[to]))
+            for room, l in zip(rooms, lefts):
+                if len(rooms) == 1: torch.gather(room[0, :n], 1, neighbour[to], out=sign[to])
+                else:
+                    here = (neighbour[to] >= l) & (neighbour[to] < l+room.shape[2])
+                    sign[to][here] = room[0, :n].gather(1, (neighbour[to]-l).clamp(0, room.shape[2]-1))[here]
+            at += n
+    r = (best.sqrt_()*(1-spec.shrinkage)).clamp_(max=1).copysign_(sign)
+    row, nth = (r.abs() >= spec.threshold).nonzero(as_tuple=True)
+    return index[row], index[neighbour[row, nth]], r[row, nth]
 
 # %% ../nbs/01_graph.ipynb #correlation_knn
 def correlation_knn(
