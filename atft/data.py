@@ -255,7 +255,7 @@ class DayBatch:
     def __init__(self,
         date:date,               # the trading day
         codes:list,              # N codes that traded that day
-        x:torch.Tensor,          # [N, L, F] float32, NaN where unknown; the last step is `date`
+        x:torch.Tensor,          # [N, L, F] float32, NaN where unknown; the last step is `date`. May be a view that other days share: do not write into it
         y:torch.Tensor,          # [N, H] forward returns, NaN where unknown
         returns:torch.Tensor,    # [N, T] the last T daily returns up to and including `date`
         rows:torch.Tensor|None=None, # [N] if the tensors hold more codes: which of them traded

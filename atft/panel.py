@@ -219,9 +219,11 @@ class Panel:
         if not self.folder.is_dir(): raise AtftError(f'data folder {folder} does not exist; check the path')
         if not (self.folder/'panel.json').exists():
             raise AtftError(f'{folder} has no panel.json, so it is not a panel; open_panel turns OHLCV shards into one, adopt_panel a folder of features')
-        try: meta = json.loads((self.folder/'panel.json').read_text())
-        except ValueError as e: raise AtftError(f'{self.folder/"panel.json"} is not JSON ({e}); write the panel again') from None
-        if meta.get('version') != FORMAT: raise AtftError(f'{self.folder} was written by another version of this package; remove it and write it again')
+        for _ in range(3):  # a writer may replace the whole set between two looks
+            try: meta = json.loads((self.folder/'panel.json').read_text())
+            except ValueError as e: raise AtftError(f'{self.folder/"panel.json"} is not JSON ({e}); write the panel again') from None
+            if meta.get('version') != FORMAT: raise AtftError(f'{self.folder} was written by another version of this package; remove it and write it again')
+            if all((Path(meta.get('root', self.folder))/s['file']).exists() for s in meta['shards']): break
         self.spec = PanelSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in meta['spec'].items()})
         self.fingerprint, self.source, self.note = meta['fingerprint'], meta['source'], meta.get('note', '')
         self.root = Path(meta.get('root', self.folder))  # where the shards are: elsewhere for a folder read in place

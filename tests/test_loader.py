@@ -6,7 +6,7 @@ import polars as pl
 import pytest
 import torch
 from torch.utils.data import DataLoader
-from atft.data import AtftError, PanelSpec, ParquetStockIterableDataset, make_loader, write_panel
+from atft.data import AtftError, Panel, PanelSpec, ParquetStockIterableDataset, make_loader, write_panel
 
 WORKERS = (0, 1, 2, 4)
 
@@ -32,6 +32,24 @@ def test_any_workers_before_and_after_a_restart_give_the_same_days(small_market)
         again.load_state_dict(state)
         rest = list(again)
         assert len(rest) == 130-stop and all(map(same, whole[stop:], rest)), (before, after)
+
+class UsesPolars(ParquetStockIterableDataset):
+    "A dataset whose workers use polars as well, as somebody's subclass may"
+    def read_span(self, days):
+        assert len(self.panel.scan().select(pl.len()).collect()) == 1
+        return super().read_span(days)
+
+@pytest.mark.timeout(120)
+def test_polars_in_parent_and_workers_does_not_hang(small_market):
+    "In forked workers this waits for ever: polars' threads do not survive a fork"
+    assert small_market.scan().select(pl.col('own').sum()).collect().height == 1
+    assert sum(1 for _ in make_loader(UsesPolars(small_market, small_market.dates[:60], lookback=5, span=20), 2)) == 60
+
+def test_reading_a_span_uses_pyarrow_and_numpy_only(small_market, monkeypatch):
+    def forbidden(*args, **options): raise AssertionError('polars was used in a worker\'s code')
+    for name in ('scan_parquet', 'read_parquet', 'from_arrow', 'DataFrame', 'LazyFrame', 'Series'): monkeypatch.setattr(pl, name, forbidden)
+    ds = ParquetStockIterableDataset(small_market, small_market.dates[:60], lookback=5)
+    assert len(ds.read_span(ds.spans()[0]).days) == 60
 
 @pytest.mark.timeout(120)
 def test_a_state_continues_in_a_new_process(small_market):

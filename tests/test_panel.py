@@ -190,3 +190,28 @@ def test_many_processes_build_one_cache_at_once(tmp_path, request):
     for p in crowd: p.join()
     assert all(p.exitcode == 0 for p in crowd) and len(set.union(*seen)) == 1, (seen, [p.exitcode for p in crowd])
     assert not list((tmp_path/'cache').rglob('.*/panel.json'))  # nothing temporary is left
+
+def rewrite(folder, shift, seconds):
+    "Write the panel of one content again and again into a folder that others write and read"
+    end = time.monotonic()+seconds
+    while time.monotonic() < end: write_panel(TABLE.with_columns(pl.col('volume_z')+shift), folder, SPEC)
+
+def read_again(folder, seconds, results):
+    "Read the panel again and again: its content, or one line that says a shard is gone"
+    end, seen = time.monotonic()+seconds, []
+    while time.monotonic() < end:
+        try: seen.append(round(float((everything(Panel(folder))['volume_z'].cast(pl.Float64)-TABLE['volume_z']).mean())*1e3))
+        except AtftError as e: seen.append('named' if 'year=2024' in str(e) else str(e))
+    results.put((len(seen), set(seen)))
+
+@pytest.mark.timeout(200)
+def test_readers_never_see_a_mixture_of_two_writers(tmp_path, request):
+    write_panel(TABLE, tmp_path, SPEC)
+    context, seconds = multiprocessing.get_context('forkserver'), float(request.config.getoption('--race-seconds'))
+    results = context.Queue()
+    crowd = [context.Process(target=rewrite, args=(tmp_path, float(i), seconds)) for i in range(4)] + [context.Process(target=read_again, args=(tmp_path, seconds, results)) for _ in range(4)]
+    for p in crowd: p.start()
+    seen = [results.get(timeout=seconds+90) for _ in range(4)]
+    for p in crowd: p.join()
+    assert all(p.exitcode == 0 for p in crowd)
+    assert set.union(*(s for _, s in seen)) <= {0, 1000, 2000, 3000, 'named'} and min(n for n, _ in seen) > 10, seen
