@@ -46,11 +46,12 @@ class _Side(NamedTuple):
     index:torch.Tensor # [n] their numbers
     x:torch.Tensor     # [n, T] standardised, 0 where unknown, times sqrt(w)
     m:torch.Tensor     # [n, T] 1 where known, times sqrt(w)
+    h:torch.Tensor     # [n, T] m over the root of its own W
     q:torch.Tensor     # [n, T] x squared, times sqrt(w)
     days:torch.Tensor  # [n] known days
     full:bool          # nothing is missing
 
-    def cut(self, rows): return _Side(*(v[rows] for v in self[:5]), self.full)
+    def cut(self, rows): return _Side(*(v[rows] for v in self[:-1]), self.full)
 
 def _sides(returns, spec):
     "Complete and incomplete codes; those that are constant or have too few days are left out"
@@ -67,25 +68,41 @@ def _sides(returns, spec):
     x = x/norm.clamp(min=1e-30)[:, None]
     for full in (True, False):
         rows = (usable & (known.all(1) == full)).nonzero().squeeze(1)
-        yield _Side(rows, x[rows]*root, known[rows]*root, x[rows].square()*root, days[rows], full)
+        m = known[rows]*root
+        yield _Side(rows, x[rows]*root, m, m/m.square().sum(1, keepdim=True).sqrt().clamp(min=1e-30), x[rows].square()*root, days[rows], full)
 
 # %% ../nbs/01_graph.ipynb #_pairs
 def _pairs(a, b, room, square, min_obs):
     "Into room[0] the numerator of the correlation (for its sign), into `square` [n_a, n_b] its square, 0 for pairs with too few common days or no variance on them"
-    top, weight, va, sa, vb, sb = (r[:len(a.index)] for r in room)
+    top, va, sa, vb, sb, weight = (r[:len(a.index)] for r in room)
     torch.mm(a.x, b.x.T, out=top)
     if a.full and b.full: return torch.square(top, out=square)
-    if a.full or b.full: weight.copy_(b.m.square().sum(1) if a.full else a.m.square().sum(1)[:, None])
-    else: torch.mm(a.m, b.m.T, out=weight)
-    if not b.full: torch.mm(a.q, b.m.T, out=va).mul_(weight).addcmul_(torch.mm(a.x, b.m.T, out=sa), sa, value=-1)
-    if not a.full: torch.mm(a.m, b.q.T, out=vb).mul_(weight).addcmul_(torch.mm(a.m, b.x.T, out=sb), sb, value=-1)
-    top.mul_(weight)
-    if not (a.full or b.full): top.addcmul_(sa, sb, value=-1)
-    torch.div(torch.square(top, out=sa).div_(weight if b.full else va), weight if a.full else vb, out=square)
-    for full, v in ((b.full, va), (a.full, vb)):  # the smallest first: hardly ever is one so small
-        if not full and v.amin() <= 1e-5*a.x.shape[1]: square.masked_fill_(v <= 1e-5*weight, 0)
+    if a.full or b.full:  # W belongs to the incomplete code alone, and cancels
+        torch.mm(*((a.m, b.q.T) if b.full else (a.q, b.m.T)), out=va).addcmul_(torch.mm(*((a.h, b.x.T) if b.full else (a.x, b.h.T)), out=sa), sa, value=-1)
+        torch.div(torch.square(top, out=sa), va, out=square)
+        flat, least = (va, ), 1e-5
+    else:
+        torch.mm(a.m, b.m.T, out=weight)
+        torch.mm(a.q, b.m.T, out=va).mul_(weight).addcmul_(torch.mm(a.x, b.m.T, out=sa), sa, value=-1)
+        torch.mm(a.m, b.q.T, out=vb).mul_(weight).addcmul_(torch.mm(a.m, b.x.T, out=sb), sb, value=-1)
+        top.mul_(weight).addcmul_(sa, sb, value=-1)
+        torch.div(torch.square(top, out=sa).div_(va), vb, out=square)
+        flat, least = (va, vb), 1e-5*a.x.shape[1]
+    for v in flat:  # the smallest first: hardly ever is one so small
+        if v.amin() <= least: square.masked_fill_(v <= (1e-5 if len(flat) == 1 else 1e-5*weight), 0)
     if int(a.days.min()+b.days.min())-a.x.shape[1] < min_obs:
         square.masked_fill_((a.m > 0).float() @ (b.m > 0).float().T < min_obs, 0)
+
+# %% ../nbs/01_graph.ipynb #_topk
+_GROUP = 12  # columns searched together
+
+def _topk(values, k):
+    "Positions [n, k] of the k largest of each row; the width is a multiple of `_GROUP`"
+    n, groups = len(values), values.shape[1]//_GROUP
+    if groups < 2*k: return values.topk(k, dim=1, sorted=False)[1]
+    best = values.view(n, _GROUP, groups).amax(1).topk(k, dim=1, sorted=False)[1]
+    columns = (best[:, :, None]+groups*torch.arange(_GROUP, device=values.device)).flatten(1)
+    return columns.gather(1, values.gather(1, columns).topk(k, dim=1, sorted=False)[1])
 
 # %% ../nbs/01_graph.ipynb #_strongest
 def _strongest(sides, spec, block):
@@ -95,7 +112,7 @@ def _strongest(sides, spec, block):
     N, k = len(index), min(spec.k, len(index))
     lefts = np.cumsum([0, *(len(s.index) for s in sides)])
     rooms = [torch.empty(6, min(block, N), len(s.index), device=index.device) for s in sides]
-    square = torch.empty(min(block, N), N, device=index.device)
+    square = torch.zeros(min(block, N), -(-N//_GROUP)*_GROUP, device=index.device)  # columns beyond N stay 0
     best, sign = torch.empty(2, N, k, device=index.device)
     neighbour = torch.empty(N, k, dtype=torch.long, device=index.device)
     for side in sides:
@@ -104,7 +121,9 @@ def _strongest(sides, spec, block):
             part, to = square[:n], slice(at, at+n)
             for b, room, l in zip(sides, rooms, lefts): _pairs(a, b, room, part[:, l:l+len(b.index)], spec.min_obs)
             part.diagonal(at).zero_()
-            torch.topk(part, k, dim=1, sorted=False, out=(best[to], neighbour[to]))
+            neighbour[to] = _topk(part, k)
+            torch.gather(part, 1, neighbour[to], out=best[to])
+            neighbour[to].clamp_(max=N-1)
             for room, l in zip(rooms, lefts):
                 if len(rooms) == 1: torch.gather(room[0, :n], 1, neighbour[to], out=sign[to])
                 else:
