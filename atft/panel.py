@@ -259,10 +259,11 @@ class Panel:
 # %% ../nbs/00_panel.ipynb #_damage
 def _damage(path, facts, thorough):
     "What is wrong with a shard, in a few words; '' if nothing is seen. `thorough` reads all of it"
-    if not path.exists(): return 'is missing'
-    size = path.stat().st_size
+    try: size = path.stat().st_size
+    except FileNotFoundError: return 'is missing'
     if size != facts['bytes']: return f'has {size:,} bytes instead of {facts["bytes"]:,}'
     try: footer = _footer(path)
+    except FileNotFoundError: return 'is missing'
     except AtftError: return 'is cut off: it does not end in PAR1'
     if hashlib.sha256(footer).hexdigest() != facts['footer']: return 'has a damaged footer'
     if thorough and _sha256(path) != facts['sha256']: return 'is damaged: its sha256 is not the one in panel.json'
