@@ -6,6 +6,7 @@ BIN := .venv/bin
 EPOCHS ?= 3
 RUN ?= runs/embedded
 DATA ?=
+GOLDEN ?=
 # the first python that is new enough
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
 
@@ -26,9 +27,9 @@ run: env ## train phases 0 to 4 on the embedded market, then write the report
 	$(BIN)/papermill nbs/04_eval.ipynb -p run_dir $(RUN)
 	@echo; cat $(RUN)/verdict.txt
 
-test: env ## run every test: the notebooks, then tests/ (DATA=folder for the tests on market data)
+test: env ## run every test: the notebooks, then tests/ (DATA=folder of market data, GOLDEN=folder of outputs of the published layers)
 	$(BIN)/nbdev_test --n_workers 2
-	$(BIN)/python -m pytest -q $(if $(DATA),--data $(DATA)) tests
+	$(BIN)/python -m pytest -q $(if $(DATA),--data $(DATA)) $(if $(GOLDEN),--golden $(GOLDEN)) tests
 
 report: env ## write the evaluation report of a run: make report RUN=runs/NAME
 	$(BIN)/papermill nbs/04_eval.ipynb -p run_dir $(RUN)

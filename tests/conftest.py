@@ -7,6 +7,7 @@ ROOT = Path(__file__).parents[1]
 
 def pytest_addoption(parser):
     parser.addoption('--data', default=None, help='folder of daily OHLCV shards, for the tests on real market data')
+    parser.addoption('--golden', default=None, help='folder of outputs of the published FAN, SAN and RevIN (.npz)')
     parser.addoption('--race-seconds', default='8', help='how long eight processes race for one cache')
 
 @pytest.fixture
@@ -14,6 +15,13 @@ def market_data(request):
     "The folder given as --data; the test says so when it skips"
     folder = request.config.getoption('--data')
     if not folder: pytest.skip('no market data given: make test DATA=FOLDER')
+    return Path(folder)
+
+@pytest.fixture
+def golden(request):
+    "The folder given as --golden; the test says so when it skips"
+    folder = request.config.getoption('--golden')
+    if not folder: pytest.skip('no outputs of the published layers given: make test GOLDEN=FOLDER')
     return Path(folder)
 
 @pytest.fixture(scope='session')
