@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['AGGREGATIONS', 'FrequencySplit', 'main_frequency', 'SliceSplit', 'slice_normalize', 'RevIN', 'split_missing', 'Gate',
-           'from_first_known', 'rolling_sum', 'rolling_z', 'fourier_rows', 'frequency_residual', 'FAN', 'slice_borders',
-           'SAN']
+           'from_first_known', 'rolling_sum', 'rolling_z', 'frequency_residual', 'FAN', 'slice_borders', 'SAN']
 
 # %% ../nbs/02_fan_san.ipynb #imports
 import math
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .data import AtftError
-from .kernels import HUGE, LIMIT, doubling_plan, fan_backward, fan_forward, san_backward, san_forward
+from .kernels import HUGE, LIMIT, bin_weights, doubling_plan, fan_backward, fan_forward, fourier_rows, san_backward, san_forward
 
 # %% ../nbs/02_fan_san.ipynb #FrequencySplit
 class FrequencySplit(NamedTuple):
@@ -131,62 +130,24 @@ def rolling_z(
     var, d = squares/n.clamp(min=1)-mean.square(), shifted-mean
     return d*(var+d.square()/LIMIT**2).clamp(min=eps).rsqrt(), n >= min(min_obs, window)
 
-# %% ../nbs/02_fan_san.ipynb #fourier_rows
+# %% ../nbs/02_fan_san.ipynb #_fourier
 @lru_cache
-def fourier_rows(
-    length:int,        # L
-    dtype:torch.dtype,
-    device:torch.device,
-)->Tensor:             # [2 (L//2), L]: cosines of bins 1 .. L//2, then sines
-    "An orthonormal basis of everything but the mean (for even L the last sine is zero)"
-    t, f = torch.arange(length, dtype=torch.float64), torch.arange(1, length//2+1, dtype=torch.float64)[:, None]
-    last = (2*f == length).double()
-    norm, angle = ((2-last)/length).sqrt(), 2*math.pi*f*t/length
-    return torch.cat([norm*angle.cos(), norm*angle.sin()*(1-last)]).to(device, dtype)
-
-class _FrequencyResidual(torch.autograd.Function):
-    "Centre over known steps, then remove the k strongest bins; the bins count as constant in the gradient (a projection)"
-    @staticmethod
-    def blocks(x): return (slice(b, b+64) for b in range(0, len(x), 64)) if x.device.type == 'cpu' else (slice(None),)
-
-    @staticmethod
-    def centre(x, known, times=1):
-        for _ in range(times): x = torch.where(known, x-torch.where(known, x, 0).sum(1, keepdim=True)/known.sum(1, keepdim=True).clamp(min=1), 0)
-        return x
-
-    @staticmethod
-    def forward(ctx, x, k):
-        L, rows = x.shape[1], fourier_rows(x.shape[1], x.dtype, x.device)
-        half, out = len(rows)//2, torch.empty_like(x)
-        kept = torch.empty((len(x), half, x.shape[2]), dtype=torch.bool, device=x.device)
-        lower_first = 1-1e-6*torch.arange(half, dtype=x.dtype, device=x.device)[:, None]  # equal amplitudes: the lower bin goes
-        for b in _FrequencyResidual.blocks(x):
-            known = x[b].isfinite()
-            centred = _FrequencyResidual.centre(x[b], known, times=2).clamp_(-HUGE, HUGE)  # the second time for the rounding of the first
-            X = rows @ centred
-            amplitude = X[:, :half].square().addcmul_(X[:, half:], X[:, half:]).mul_(lower_first)
-            chosen = torch.eq(amplitude, amplitude.amax(1, keepdim=True), out=kept[b])
-            for _ in range(k-1): chosen |= amplitude.masked_fill_(chosen, -1) == amplitude.amax(1, keepdim=True)
-            torch.baddbmm(centred, rows.T.expand(len(centred), -1, -1), X.unflatten(1, (2, half)).mul_(chosen[:, None]).flatten(1, 2), alpha=-1, out=out[b])
-        ctx.save_for_backward(x, kept)
-        return out
-
-    @staticmethod
-    def backward(ctx, g):
-        x, kept = ctx.saved_tensors
-        rows, out = fourier_rows(x.shape[1], x.dtype, x.device), torch.empty_like(x)
-        for b in _FrequencyResidual.blocks(x):
-            G = (rows @ g[b]).unflatten(1, (2, -1)).mul_(kept[b][:, None]).flatten(1, 2)
-            out[b] = _FrequencyResidual.centre(torch.baddbmm(g[b], rows.T.expand(len(G), -1, -1), G, alpha=-1), x[b].isfinite())
-        return out, None
+def _fourier(length, dtype, device): return [torch.from_numpy(a).to(device, dtype) for a in (fourier_rows(length), bin_weights(length)[:, None])]
 
 def frequency_residual(
     x:Tensor, # [N, L, C] float32 or float64, NaN where unknown
     k:int,    # frequencies to remove besides the mean; limited to those the window has
 )->Tensor:    # [N, L, C], finite
     "`main_frequency` for windows with gaps, of which the mean is always removed and not counted"
-    k = min(k, x.shape[1]//2)
-    return _FrequencyResidual.apply(x, k) if k else _FrequencyResidual.centre(x, x.isfinite(), times=2)
+    values, known = split_missing(x)
+    near, n = from_first_known(values, known), known.sum(1, keepdim=True).clamp(min=1)
+    z = torch.where(known, near-near.sum(1, keepdim=True)/n, 0)
+    k, half = min(k, x.shape[1]//2), x.shape[1]//2
+    if not k: return z
+    Q, weights = _fourier(x.shape[1], x.dtype, x.device)
+    X = (Q @ z).unflatten(1, (2, half))
+    amplitude = X.detach().square().sum(1)*weights
+    return z - Q.T @ (X*(amplitude >= amplitude.topk(k, 1).values[:, -1:])[:, None]).flatten(1, 2)
 
 # %% ../nbs/02_fan_san.ipynb #_compiled
 def _compiled(x): return x.device.type == 'cpu' and x.dtype == torch.float32
@@ -198,33 +159,38 @@ def _in_chunks(n, work, size=64):
     if threads < 2: return [work(c) for c in chunks]
     with ThreadPoolExecutor(threads) as pool: return list(pool.map(work, chunks))
 
+def _rows(t, like): # [N, L C] as numpy shares it; of width 0 for None
+    return np.empty((len(like), 0), np.float32) if t is None else t.detach().contiguous().view(len(like), -1).numpy()
+
 def _sum(parts, like): return torch.from_numpy(np.sum(parts, 0).astype(np.float32)) if parts else torch.zeros_like(like)
+
+@lru_cache
+def _plan(windows, k, length, min_obs, eps):
+    "What the compiled FAN needs to know besides tensors"
+    Q = fourier_rows(length) if k else np.empty((0, length))
+    plan, at = doubling_plan(windows)
+    return np.array(windows, np.int64), at, plan, min(k, length//2), Q.astype(np.float32), np.ascontiguousarray(Q.T, np.float32), bin_weights(length).astype(np.float32), min_obs, np.float32(eps)
 
 class _CompiledFAN(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, extra, weights, gate, windows, min_obs, eps):
-        x, extra = x.contiguous(), None if extra is None else extra.contiguous()
-        ctx.save_for_backward(x, extra, weights, gate)
-        plan, at = doubling_plan(windows)
-        ctx.rest, y = (np.array(windows, np.int64), at, plan, min_obs, np.float32(eps)), torch.empty_like(x)
-        X, Y, E, a, g = x.detach().numpy(), y.numpy(), x[:0].detach().numpy() if extra is None else extra.detach().numpy(), weights.detach().numpy(), gate.detach().numpy()
-        _in_chunks(len(x), lambda c: fan_forward(X[c], E[c], a, g, *ctx.rest, Y[c]))
+    def forward(ctx, x, weights, gate, windows, k, min_obs, eps):
+        ctx.save_for_backward(x, weights, gate)
+        ctx.plan, y = _plan(windows, k, x.shape[1], min_obs, eps), torch.empty(x.shape)
+        X, Y, a, g = _rows(x, x), _rows(y, x), weights.detach().numpy(), gate.detach().numpy()
+        _in_chunks(len(x), lambda c: fan_forward(X[c], a, g, *ctx.plan, Y[c]))
         return y
 
     @staticmethod
     def backward(ctx, gy):
-        x, extra, weights, gate = ctx.saved_tensors
-        none = np.empty((0, *x.shape[1:]), np.float32)
-        gx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        ge = torch.empty_like(x) if ctx.needs_input_grad[1] else None
-        array = lambda t: none if t is None else t.detach().numpy()
-        X, E, G, a, g, GX, GE = map(array, (x, extra, gy.contiguous(), weights, gate, gx, ge))
+        x, weights, gate = ctx.saved_tensors
+        gx = torch.empty(x.shape) if ctx.needs_input_grad[0] else None
+        (X, G, GX), a, g = (_rows(t, x) for t in (x, gy, gx)), weights.detach().numpy(), gate.detach().numpy()
         def work(c):
             ga, gg = np.zeros(a.shape), np.zeros(g.shape)
-            fan_backward(X[c], E[c], G[c], a, g, *ctx.rest, GX[c], GE[c], ga, gg)
+            fan_backward(X[c], G[c], a, g, *ctx.plan, GX[c], ga, gg)
             return ga, gg
         parts = _in_chunks(len(x), work)
-        return gx, ge, _sum([p for p, _ in parts], weights), _sum([p for _, p in parts], gate), None, None, None
+        return gx, _sum([p for p, _ in parts], weights), _sum([p for _, p in parts], gate), None, None, None, None
 
 # %% ../nbs/02_fan_san.ipynb #_check_aggregation
 AGGREGATIONS = ('learned', 'equal')
@@ -287,8 +253,7 @@ class FAN(nn.Module):
         x:Tensor, # [N, L, C], NaN where unknown
     )->Tensor:    # [N, L, C], 0 where unknown
         if not _compiled(x): return self.plain(x)
-        extra = frequency_residual(x, self.frequencies) if self.frequencies else None
-        return _CompiledFAN.apply(x, extra, self.weights(), torch.tanh(self.gate.g), self.windows, self.min_obs, self.eps)
+        return _CompiledFAN.apply(x, self.weights(), torch.tanh(self.gate.g), self.windows, self.frequencies, self.min_obs, self.eps)
 
 # %% ../nbs/02_fan_san.ipynb #slice_borders
 def slice_borders(
@@ -306,19 +271,17 @@ def slice_borders(
 class _CompiledSAN(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weights, gate, borders, min_obs, eps):
-        x = x.contiguous()
         ctx.save_for_backward(x, weights, gate)
-        ctx.rest, y = (*borders, min_obs, np.float32(eps)), torch.empty_like(x)
-        X, Y, a, g = x.detach().numpy(), y.numpy(), weights.detach().numpy(), gate.detach().numpy()
+        ctx.rest, y = (*borders, min_obs, np.float32(eps)), torch.empty(x.shape)
+        X, Y, a, g = _rows(x, x), _rows(y, x), weights.detach().numpy(), gate.detach().numpy()
         _in_chunks(len(x), lambda c: san_forward(X[c], a, g, *ctx.rest, Y[c]))
         return y
 
     @staticmethod
     def backward(ctx, gy):
         x, weights, gate = ctx.saved_tensors
-        gx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        X, G, a, g = x.detach().numpy(), gy.contiguous().numpy(), weights.detach().numpy(), gate.detach().numpy()
-        GX = np.empty((0, *x.shape[1:]), np.float32) if gx is None else gx.numpy()
+        gx = torch.empty(x.shape) if ctx.needs_input_grad[0] else None
+        (X, G, GX), a, g = (_rows(t, x) for t in (x, gy, gx)), weights.detach().numpy(), gate.detach().numpy()
         def work(c):
             ga, gg = np.zeros(a.shape), np.zeros(g.shape)
             san_backward(X[c], G[c], a, g, *ctx.rest, GX[c], ga, gg)

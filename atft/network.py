@@ -81,15 +81,17 @@ class LastStepAttention(nn.Module):
     def __init__(self, width:int, heads:int):
         super().__init__()
         self.heads, size = heads, width//heads
-        self.query, self.key, self.value, self.out = nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, size), nn.Linear(size, width)
+        self.query, self.value, self.out = nn.Linear(width, width), nn.Linear(width, size), nn.Linear(size, width)
+        self.key = nn.Parameter(nn.Linear(width, width).weight.detach())  # a key's bias would add the same to every step
 
     def weights(self, h:Tensor)->Tensor: # h [N, L, D] -> [N, L], the mean over heads, adding up to 1
         N, L, D = h.shape
-        q, k = self.query(h[:, -1]).view(N, self.heads, -1), self.key(h).view(N, L, self.heads, -1)
-        return (torch.einsum('nhd,nlhd->nhl', q, k)/q.shape[-1]**.5).softmax(-1).mean(1)
+        q = self.query(h[:, -1]).view(N, self.heads, -1)
+        asked = torch.einsum('nhd,hde->nhe', q, self.key.view(self.heads, -1, D))  # the key's matrix on the one query's side, not on L steps
+        return (torch.einsum('nhe,nle->nhl', asked, h)/q.shape[-1]**.5).softmax(-1).mean(1)
 
     def forward(self, h:Tensor): # [N, L, D] -> [N, D]
-        return self.out(torch.einsum('nl,nld->nd', self.weights(h), self.value(h)))
+        return self.out(self.value(torch.einsum('nl,nld->nd', self.weights(h), h)))
 
 # %% ../nbs/02a_network.ipynb #GraphBranch
 class GraphBranch(nn.Module):
