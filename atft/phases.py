@@ -38,7 +38,7 @@ from .project import dated, project_root, provenance, provenance_table, save_fig
 class Phase:
     "One row of the phase table"
     name:str
-    parts:tuple[str, ...]                    # which of graph, fan, san are on
+    parts:tuple[str, ...]                    # which of graph, fan, san, levels are on
     lr:float                                 # AdamW learning rate
     terms:tuple[float, ...]                  # weights of MSE, quantile, Sharpe, rank IC in the loss
     horizon_weights:tuple[float, ...]        # weights of horizons 1, 5, 10, 20
@@ -49,20 +49,21 @@ class Phase:
     san:float = 1.
     head:float = 1.
     gate:float = 20.                         # the gates start at zero and have some way to go
+    windows:tuple[int, ...] = ()             # rolling windows that FAN keeps; empty: all it has. Dropping one while its gate is open changes the output
     patience:int = 4                         # epochs without a better validation rank IC before stopping
     averaging:float = .99                    # decay per step of the averaged weights, which are the ones judged and kept; 0: none
     weight_decay:float = 1e-5
     clip:float = 1.                          # largest gradient norm
 
-# %% ../nbs/03_phases.ipynb #3b1c66d2
+# %% ../nbs/03_phases.ipynb #ae37e803
 HORIZONS = (1, 5, 10, 20)  # what `horizon_weights` speaks of, in trading days
 
 PHASES = (
     Phase('baseline', (),                      1e-3, (.5, .2, .2, .1),     (1, .8, .5, .3), 20),
     Phase('gat',      ('graph',),              1e-3, (.3, .2, .25, .25),   (1, .8, .5, .3), 25, gat=1.5, tft=.1),
-    Phase('fan',      ('graph', 'fan'),        1e-3, (.2, .2, .3, .3),     (1, .9, .6, .4), 30, fan=2, gat=.3, tft=.5),
-    Phase('san',      ('graph', 'fan', 'san'), 1e-3, (.1, .15, .35, .4),   (1, 1, .7, .5),  35, san=2.5, gat=.3, tft=.5, head=1.5),
-    Phase('finetune', ('graph', 'fan', 'san'), 3e-4, (.05, .15, .4, .4),   (1, 1, .9, .8),  30, tft=.5, head=1.5),
+    Phase('fan',      ('graph', 'fan', 'levels'), 1e-3, (.2, .2, .3, .3),     (1, .9, .6, .4), 30, fan=2, gat=.3, tft=.5),
+    Phase('san',      ('graph', 'fan', 'san', 'levels'), 1e-3, (.1, .15, .35, .4),   (1, 1, .7, .5),  35, san=2.5, gat=.3, tft=.5, head=1.5),
+    Phase('finetune', ('graph', 'fan', 'san', 'levels'), 3e-4, (.05, .15, .4, .4),   (1, 1, .9, .8),  30, tft=.5, head=1.5),
 )
 
 # %% ../nbs/03_phases.ipynb #phase_table
@@ -96,7 +97,7 @@ def override(
 
 def _parse(old, value, change):
     "`value` in the type of the field's `old` value"
-    number = lambda v: float(v) if old and not isinstance(old[0], str) else v
+    number = lambda v: v if v[:1].isalpha() else float(v)
     try: return tuple(map(number, value.split())) if isinstance(old, tuple) else type(old)(value)
     except ValueError: raise AtftError(f'overrides: {change!r} is not a {type(old).__name__} like {old!r}') from None
 
@@ -126,8 +127,10 @@ class RunSpec:
     dropout:float = .1
     fan_windows:tuple[int, ...] = (5, 10, 20) # rolling windows of FAN, days
     fan_frequencies:int = 1                  # main frequencies removed by FAN's Fourier candidate
+    fan_aggregation:str = 'learned'          # of FAN's candidates: learned or equal weights
     san_slices:int = 4
     san_overlap:float = .25
+    san_aggregation:str = 'learned'          # of SAN's slices: learned or equal weights
     graph_lookback:int = 60                  # T, days of returns
     k:int = 20                               # neighbours a code may choose
     threshold:float = .3                     # least |correlation| of an edge
@@ -167,7 +170,7 @@ def graph_spec(spec:RunSpec)->GraphSpec:
 
 def network_spec(spec:RunSpec, features:int, horizons:int)->NetworkSpec:
     "The network's part of a run, for a panel's numbers of features and horizons"
-    return NetworkSpec(features, horizons, spec.hidden, spec.heads, spec.dropout, tuple(spec.fan_windows), spec.fan_frequencies, spec.san_slices, spec.san_overlap)
+    return NetworkSpec(features, horizons, spec.hidden, spec.heads, spec.dropout, tuple(spec.fan_windows), spec.fan_frequencies, spec.fan_aggregation, spec.san_slices, spec.san_overlap, spec.san_aggregation)
 
 # %% ../nbs/03_phases.ipynb #Setup
 class Setup(NamedTuple):
@@ -350,7 +353,7 @@ def load_checkpoint(
 class Trainer:
     "One phase under way: network, optimizer, schedule, and the history that `phase{N}_metrics.json` shows"
     def __init__(self, s:Setup, number:int, phase:Phase, net:ATFT):
-        self.s, self.number, self.phase, self.net = s, number, phase, net.switch(phase.parts)
+        self.s, self.number, self.phase, self.net = s, number, phase, net.switch(phase.parts, tuple(map(int, phase.windows)) or None)
         self.optimizer = make_optimizer(net, phase)
         self.schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(self.optimizer, mode='max', factor=.5, patience=2)
         self.averaged = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(phase.averaging)) if phase.averaging else None
