@@ -1,6 +1,6 @@
 # The two commands: `make run` and `make test`. Each makes its own environment if there is none.
 .DEFAULT_GOAL := help
-.PHONY: help run test report bench ablation lab docs export env
+.PHONY: help run test report bench ablation kills lab docs export env
 SHELL := /bin/bash
 BIN := .venv/bin
 EPOCHS ?= 3
@@ -37,9 +37,12 @@ report: env ## write the evaluation report of a run: make report RUN=runs/NAME
 bench: env ## measure every speed claim beside its peers, a few minutes; writes reports/bench_YYYYMMDD.md (DATA=folder for the scaler's error)
 	$(BIN)/papermill nbs/06_bench.ipynb -p codes 3818 -p days 750 -p features 64 -p rounds 7 -p nodes 3818,10000 -p samples 1024 $(if $(DATA),-p data $(abspath $(DATA))) -p report_dir reports
 
-ABLATION := -p codes 100 -p days 600 -p base_epochs 4 -p epochs 3 -p hidden 16 -p run_dir runs/ablation -p report_dir reports
+ABLATION := -p codes 100 -p days 600 -p base_epochs 4 -p epochs 3 -p chain_epochs 5 -p hidden 16 -p run_dir runs/ablation -p report_dir reports
 ablation: env ## what each part of the network adds on generated markets; an hour or more, continues where it stopped; writes reports/fan_san_YYYYMMDD.md
 	$(BIN)/papermill nbs/07_ablation.ipynb -p markets peers,periodic,shift,all,none -p seeds 0,1,2,3,4 -p branches "graph,fan,fan + levels,san,levels,RevIN,LayerNorm" -p chain_seeds 0,1,2,3,4 $(ABLATION)
+
+kills: env ## kill a run 20 times and its saving 100 times, fill the disk 20 times, race for 60 seconds
+	$(BIN)/python -m pytest -q tests/test_resume.py tests/test_panel.py --kills 20 --race-seconds 60
 
 lab: env ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab nbs

@@ -200,7 +200,7 @@ def parameter_groups(
     owner = dict(fan='fan', levels='fan', san='san', graph='gat', heads='head')
     groups = {g: [] for g in ('tft', 'gat', 'fan', 'san', 'head', 'gate')}
     for name, parameter in net.named_parameters():
-        groups['gate' if name.endswith('.g') else owner.get(name.split('.')[0], 'tft')].append(parameter)
+        groups['gate' if name.endswith(('.g', '.blend')) else owner.get(name.split('.')[0], 'tft')].append(parameter)
     return groups
 
 # %% ../nbs/02a_network.ipynb #Explanation
