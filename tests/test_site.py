@@ -41,7 +41,7 @@ def test_quarto_lists_pages_that_exist():
         assert glob(str(ROOT/page)), f'_quarto.yml names {page}'
     assert {f'nbs/{n.name}' for n in NOTEBOOKS} <= set(pages(site['website']['sidebar']))
 
-@pytest.mark.parametrize('page', [p.relative_to(ROOT).as_posix() for p in [*ROOT.glob('*.md'), *ROOT.glob('reports/*.md')]])
+@pytest.mark.parametrize('page', [p.relative_to(ROOT).as_posix() for p in [*ROOT.glob('*.md'), *ROOT.glob('nbs/*.md'), *ROOT.glob('reports/*.md')]])
 def test_links_in_markdown_lead_somewhere(page):
     for link in LINK.findall((ROOT/page).read_text()):
         if not link.startswith(('http', '#')): assert ((ROOT/page).parent/link.split('#')[0]).exists(), f'{page} links to {link}'
