@@ -29,7 +29,7 @@ run: env ## train phases 0 to 4 on the embedded market, then write the report
 
 test: env ## run every test: the notebooks, then tests/ (DATA=folder of market data, GOLDEN=folder of outputs of the published layers)
 	$(BIN)/nbdev_test --n_workers 2
-	$(BIN)/python -m pytest -q $(if $(DATA),--data $(DATA)) $(if $(GOLDEN),--golden $(GOLDEN)) tests
+	$(BIN)/python -m pytest -q --durations 12 $(if $(DATA),--data $(DATA)) $(if $(GOLDEN),--golden $(GOLDEN)) tests
 
 report: env ## write the evaluation report of a run: make report RUN=runs/NAME
 	$(BIN)/papermill nbs/04_eval.ipynb -p run_dir $(RUN)

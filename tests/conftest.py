@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[1]
 def pytest_addoption(parser):
     parser.addoption('--data', default=None, help='folder of daily OHLCV shards, for the tests on real market data')
     parser.addoption('--golden', default=None, help='folder of outputs of the published FAN, SAN and RevIN (.npz)')
-    parser.addoption('--kills', default='4', help='how often a run is killed; five times as often while it saves')
+    parser.addoption('--kills', default='3', help='how often a run is killed; five times as often while it saves')
     parser.addoption('--race-seconds', default='8', help='how long eight processes race for one cache')
 
 @pytest.fixture
