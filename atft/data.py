@@ -20,6 +20,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from fastcore.basics import patch
+from numba import njit, types
+from numba.extending import intrinsic
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from .panel import AtftError, Panel, PanelSpec, adopt_panel, append_shard, atomic_path, tiny_table, write_panel
@@ -126,26 +128,15 @@ def merge(self:OnlineRobustScaler,
     "The sample of both"
     return self if other.rows_ is None else self._keep(other.rows_, other.priority_, other.num_seen_)
 
-# %% ../nbs/00_data.ipynb #transform_
-@patch
-def transform_(self:OnlineRobustScaler,
-    x:np.ndarray, # [..., F] float32, NaN where unknown; changed in place
-)->np.ndarray:    # `x`
-    "`transform` without a copy, for blocks that are being filled"
-    if self.rows_ is None: raise AtftError('scaler: not fitted; call fit or partial_fit with training rows first')
-    x -= self.center_
-    x /= self.scale_
-    lost = np.isinf(x)
-    np.clip(x, -self.clip, self.clip, out=x)
-    if lost.any(): x[lost] = np.nan
-    return x
-
+# %% ../nbs/00_data.ipynb #transform
 @patch
 def transform(self:OnlineRobustScaler,
     x:torch.Tensor, # [..., F] float32, NaN where unknown
 )->torch.Tensor:    # the same shape in [-clip, clip]; NaN stays NaN, inf becomes NaN
     "Centre, scale and clip"
-    return torch.from_numpy(self.transform_(x.float().numpy().copy()))
+    if self.rows_ is None: raise AtftError('scaler: not fitted; call fit or partial_fit with training rows first')
+    x = (x.float().numpy()-self.center_)/self.scale_
+    return torch.from_numpy(np.where(np.isinf(x), np.float32(np.nan), np.clip(x, -self.clip, self.clip)))
 
 # %% ../nbs/00_data.ipynb #fit
 @patch
@@ -198,32 +189,53 @@ class _Buffers:
 
 _windows = _Buffers()  # of `DayBatch.x`
 
-# %% ../nbs/00_data.ipynb #_memory
-_TILE = 16384  # rows
-_scratch = threading.local()
+# %% ../nbs/00_data.ipynb #_place
+@intrinsic
+def _floats_at(typing, address):
+    "float32 values at a memory address, for compiled code"
+    return types.CPointer(types.float32)(types.int64), lambda context, builder, sig, args: builder.inttoptr(args[0], context.get_value_type(sig.return_type))
 
-def _memory(name, *shape):
-    "This thread's scratch memory: asking the system anew for each row group would cost more than the work"
-    size, have = int(np.prod(shape)), getattr(_scratch, name, np.empty(0, np.float32))
-    if have.size < size: setattr(_scratch, name, have := np.empty(size, np.float32))
-    return have[:size].reshape(shape)
+@njit(nogil=True, cache=True, error_model='numpy')
+def _transpose(addresses, cell, low, high, start, center, scale, clip, out):
+    "out[cell[r]-start, f] = value r of the column at addresses[f], centred, scaled and clipped if there is a `scale`; only rows with low <= cell[r] < high"
+    R, F, tile = len(cell), len(addresses), 256
+    at, used = np.empty(tile, np.int64), np.empty(tile, np.int64)
+    for s in range(0, R, tile):
+        n, f = 0, 0
+        for r in range(s, min(s+tile, R)):
+            if low <= cell[r] < high:
+                at[n], used[n] = cell[r]-start, r
+                n += 1
+        while f+8 <= F:
+            c0, c1, c2, c3 = _floats_at(addresses[f]), _floats_at(addresses[f+1]), _floats_at(addresses[f+2]), _floats_at(addresses[f+3])
+            c4, c5, c6, c7 = _floats_at(addresses[f+4]), _floats_at(addresses[f+5]), _floats_at(addresses[f+6]), _floats_at(addresses[f+7])
+            for i in range(n):
+                r, o = used[i], out[at[i], f:f+8]
+                o[0], o[1], o[2], o[3], o[4], o[5], o[6], o[7] = c0[r], c1[r], c2[r], c3[r], c4[r], c5[r], c6[r], c7[r]
+            f += 8
+        for g in range(f, F):
+            c = _floats_at(addresses[g])
+            for i in range(n): out[at[i], g] = c[used[i]]
+        for i in range(n if len(scale) else 0):
+            o = out[at[i]]
+            for g in range(F):
+                v = (o[g]-center[g])/scale[g]
+                o[g] = min(max(v, -clip), clip) if abs(v) < np.inf else np.float32(np.nan)
+
+_UNSCALED = np.empty(0, np.float32)
 
 def _place(
-    columns:list,    # F arrays [R]
-    at:np.ndarray,   # [R] the row of `out` that each goes to
-    out:np.ndarray,  # [rows, F]
-    finish=None,     # called on each finished tile [r, F], in place
+    columns:list,     # F arrays [R]
+    cell:np.ndarray,  # [R] int64
+    low:int, high:int, # which cells are wanted
+    start:int,        # the cell of row 0 of `out`
+    out:np.ndarray,   # [rows, F] float32
+    scaler:OnlineRobustScaler|None=None, # None: values as they are
 ):
-    "Transpose columns into the rows `at` of `out`"
-    F, in_order = len(columns), (np.diff(at) == 1).all()
-    scratch, tile = _memory('columns', F, _TILE+16), _memory('rows', _TILE, F)
-    for s in range(0, len(at), _TILE):
-        n = min(_TILE, len(at)-s)
-        for row, c in zip(scratch, columns): row[:n] = c[s:s+n]
-        target = out[at[s]:at[s]+n] if in_order else tile[:n]
-        np.copyto(target, scratch[:, :n].T)
-        if finish: finish(target)
-        if not in_order: out[at[s:s+n]] = target
+    "Transpose columns into the rows `cell - start` of `out`"
+    columns = [np.ascontiguousarray(c, np.float32) for c in columns]  # kept alive while their addresses are used
+    center, scale, clip = (scaler.center_, scaler.scale_, scaler.clip) if scaler else (_UNSCALED, _UNSCALED, 0)
+    _transpose(np.array([c.ctypes.data for c in columns]), cell, low, high, start, center, scale, np.float32(clip), out)
 
 # %% ../nbs/00_data.ipynb #Block
 @dataclass
@@ -237,9 +249,9 @@ class Block:
     traded:torch.Tensor    # [D, C] bool
 
 # %% ../nbs/00_data.ipynb #_rows_of
-def _rows_of(panel, group, columns, codes):
-    "One row group: calendar position [R], code number [R], and the columns as float arrays"
-    rows = panel.decode(group, [panel.spec.date, panel.spec.code, *columns])
+def _rows_of(panel, group, columns, codes, threads):
+    "One row group: the cell of each row, calendar position times C plus the code's number, and the columns as float arrays"
+    rows = panel.decode(group, [panel.spec.date, panel.spec.code, *columns], threads)
     days = rows[panel.spec.date].combine_chunks().view(pa.int32()).to_numpy()
     calendar = panel.dates.astype('int64')
     position = np.full(days.max()-days.min()+1, -1)
@@ -247,7 +259,7 @@ def _rows_of(panel, group, columns, codes):
     position[calendar[known]-days.min()] = known.nonzero()[0]
     code = rows[panel.spec.code].combine_chunks()
     number = pc.index_in(code.dictionary, value_set=codes).to_numpy(zero_copy_only=False)[code.indices.to_numpy()]
-    return position[days-days.min()], number, {c: rows[c].to_numpy() for c in columns}
+    return position[days-days.min()]*len(codes)+number, {c: rows[c].to_numpy() for c in columns}
 
 # %% ../nbs/00_data.ipynb #DayBatch
 class DayBatch:
@@ -264,15 +276,14 @@ class DayBatch:
     def __len__(self): return len(self._whole['codes'] if self.rows is None else self.rows)
     def __repr__(self): return f'DayBatch({self.date}, {len(self)} codes, windows {tuple(self._whole["x"].shape[1:])})'
 
-    def _cut(self, name): return self._whole[name] if self.rows is None else self._whole[name][self.rows]
-
     @cached_property
     def codes(self)->list:
         return self._whole['codes'] if self.rows is None else [self._whole['codes'][i] for i in self.rows.tolist()]
     @cached_property
-    def y(self)->torch.Tensor: return self._cut('y')
+    def y(self)->torch.Tensor: return self._whole['y'] if self.rows is None else self._whole['y'].index_select(0, self.rows)
     @cached_property
-    def returns(self)->torch.Tensor: return self._cut('returns')
+    def returns(self)->torch.Tensor:  # a block lies by time: columns are taken from each of its rows
+        return self._whole['returns'] if self.rows is None else self._whole['returns'].T.index_select(1, self.rows).T
     @cached_property
     def x(self)->torch.Tensor:
         whole = self._whole['x']
@@ -380,24 +391,23 @@ class _Filling:
         else:
             spec = self.panel.spec
             columns = [*spec.features, *spec.targets, spec.ret] if g.last >= self.start else [spec.ret]
-            rows = _rows_of(self.panel, g, list(dict.fromkeys(columns)), self.codes)
+            rows = _rows_of(self.panel, g, list(dict.fromkeys(columns)), self.codes, threads=get_worker_info() is None)
         if g.last > self.last: self.kept[g] = rows
         return rows
 
     def _fill(self, g):
         "Put one row group where it belongs; returns how many rows of `x` it gave"
         spec, C = self.panel.spec, len(self.panel.codes)
-        day, number, columns = self._rows(g)
-        def put(out, start, names, since, finish=None):
-            keep = (day >= max(since, self.begin)) & (day <= min(g.last, self.last))
-            some = (lambda a: a) if keep.all() else (lambda a: a[keep])
-            at = (some(day)-start)*C+some(number)
-            if len(at): _place([some(columns[n]) for n in names], at, out, finish)
-            return at
+        cell, columns = self._rows(g)
+        def put(out, start, names, since, scaler=None):
+            low, high = max(since, self.begin), min(g.last, self.last)+1
+            _place([columns[n] for n in names], cell, low*C, high*C, start*C, out, scaler)
+            return low*C, high*C
         put(self.returns.reshape(-1, 1), self.start_returns, [spec.ret], self.start_returns)
         if g.last < self.start: return 0
         put(self.y.reshape(-1, len(spec.targets)), self.start, spec.targets, self.first)
-        at = put(self.x.reshape(-1, len(spec.features)), self.start, spec.features, self.start, self.scaler and self.scaler.transform_)
+        low, high = put(self.x.reshape(-1, len(spec.features)), self.start, spec.features, self.start, self.scaler)
+        at = cell[(cell >= low) & (cell < high)]-self.start*C
         self.traded.reshape(-1)[at] = True
         return len(at)
 
@@ -426,7 +436,7 @@ class _Filling:
 def read_span(self:ParquetStockIterableDataset,
     days:np.ndarray, # calendar positions, close together
 )->Block:
-    "Decode one span and the history that its windows need; touches pyarrow and numpy only"
+    "Decode one span and the history that its windows need; touches pyarrow and numpy only, and loops compiled for them"
     return _Filling(self, days).complete()
 
 @patch
@@ -452,9 +462,9 @@ def day_batch(self:ParquetStockIterableDataset,
 )->DayBatch:
     "One day of a block: views, and the list of the codes that traded"
     at, end = day-block.start+1, len(block.returns)-len(block.traded)+day-block.start+1
-    here = block.traded[at-1]
+    rows = block.traded[at-1].numpy().nonzero()[0]
     return DayBatch(self.panel.dates[day].item(), self.panel.codes, block.x[at-self.lookback:at].transpose(0, 1), block.y[at-1],
-                    block.returns[end-self.return_lookback:end].T, None if here.all() else here.nonzero().squeeze(1))
+                    block.returns[end-self.return_lookback:end].T, None if len(rows) == len(self.panel.codes) else torch.from_numpy(rows))
 
 @patch
 def _remaining(self:ParquetStockIterableDataset):

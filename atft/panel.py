@@ -286,13 +286,14 @@ def _reader(path, code, verify):
 def decode(self:Panel,
     group:RowGroup,
     columns:list[str], # which columns
+    threads:bool=True, # share the columns among pyarrow's threads
 )->pa.Table:           # every row of the group, codes as a dictionary
     "Decode one row group; a damaged page is an error that names the shard"
     path = self.root/group.file
     try:
         stat = path.stat()
         key = (path, stat.st_mtime_ns, stat.st_size, group.number, tuple(columns))
-        rows = _reader(path, self.spec.code, verify=key not in _verified).read_row_group(group.number, columns=columns, use_threads=False)
+        rows = _reader(path, self.spec.code, verify=key not in _verified).read_row_group(group.number, columns=columns, use_threads=threads)
     except (OSError, pa.ArrowException) as e:
         raise AtftError(f'shard {path} is damaged in row group {group.number} ({str(e).splitlines()[0]}); write it again, '
                         'or open the panel with skip_damaged=True') from None
