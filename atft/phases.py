@@ -30,7 +30,9 @@ from tqdm import tqdm
 from .checkpoint import Stopped, StopFlag, load_state, only_one, previous, save_state, stop_on_signals
 from .data import AtftError, OnlineRobustScaler, Panel, ParquetStockIterableDataset, Split, atomic_path, make_loader, split_days
 from .graph import GraphCache, GraphSpec
-from .losses import TERMS, by_day, loss_terms, mean_interval, rank_ic, total_loss
+from .intervals import mean_interval
+from .ledger import Ledger
+from .losses import TERMS, by_day, loss_terms, rank_ic, total_loss
 from .market import open_panel
 from .network import ATFT, PARTS, Forecast, NetworkSpec, parameter_groups
 from .project import dated, project_root, provenance, provenance_table, save_figure, table, with_interval, write_text
@@ -567,16 +569,25 @@ def train_phase(
         if stop: raise Stopped(f'phase {number}: stopped as asked, {t.partial["days"]} of {days} days into epoch {len(t.history)}; '
                                + (f'{last} holds it, the same command continues there' if s.spec.save_phase_checkpoint else 'nothing was kept (save_phase_checkpoint is off)'), flag.asked)
     wish = lambda: (float(flag.asked > 0), float(s.ranks.first and time.monotonic()-saved > 60*s.spec.save_minutes))
+    def record(**facts):  # in the ledger, whatever becomes of it
+        if s.ranks.first: Ledger(run).write('trial', f'phase {number} seed {s.spec.seed}', phase=number, name=phase.name, **facts)
+    record(state='started')
     with tqdm(total=t.epochs*days, initial=max(t.trained, 0)*days+(t.partial or dict(days=0))['days'], desc=f'phase {number} {phase.name}', unit='day', disable=not (show and s.ranks.first), mininterval=1) as bar:
-        while not t.history or not t.done:
-            t.epoch(bar, after_step, wish)
-            save()
+        try:
+            while not t.history or not t.done:
+                t.epoch(bar, after_step, wish)
+                save()
+        except Stopped: raise
+        except AtftError as e:
+            record(state='failed', reason=str(e))
+            raise
     t.net.load_state_dict(t.best)
     predictions = predictions_table(t.net, s)
     if s.ranks.first:
         if s.spec.save_phase_checkpoint: save_checkpoint(run/f'phase{number}_best.pt', s, number, t.net)
         with atomic_path(run/f'phase{number}_predictions.parquet') as temp: predictions.write_parquet(temp)
         write_json(run/f'phase{number}_metrics.json', metrics(t))
+    record(state='finished', score=metrics(t)['score'])
     s.ranks.wait()
     return metrics(t)
 
@@ -663,7 +674,7 @@ def write_report(
         f'Trained on {days}, a gap of {spec.embargo} sessions and the longest horizon before each border.',
         '## Validation rank IC by phase',
         'Mean over the validation days at the kept epoch (0: the weights a phase started with; training did not improve them), with a 95% interval '
-        '(Newey-West, fixed-b). The epoch was chosen on these days, so the test days of the evaluation report are the ones to believe.',
+        '(equally weighted cosines). The epoch was chosen on these days, so the test days of the evaluation report are the ones to believe.',
         table(['phase', 'name', 'kept epoch', *(f'h={h}' for h in horizons), 'minutes', 'checkpoint'], [row(n, m) for n, m in results.items()]),
         save_figure(plot_history(results), report, 'curves'), '## The phase table', phase_table(phases)])
 
