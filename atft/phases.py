@@ -122,6 +122,7 @@ class RunSpec:
     num_workers:int = 0                      # processes that decode ahead
     valid:str|None = None                    # first validation day, YYYY-MM-DD; None: after 60% of the days
     test:str|None = None                     # first test day; None: after 78% of the days
+    end:str|None = None                      # first day that is not used any more; None: all days
     purge:int|None = None                    # sessions dropped before a border; None: the longest horizon
     embargo:int = 20                         # sessions dropped on top
     train_days:int|None = None               # at most so many training days, the latest; None: all
@@ -215,7 +216,7 @@ def setup(
     panel = panel or open_panel(spec.data, cache)
     at = lambda share: str(panel.dates[int(share*len(panel.dates))])
     split = split_days(panel.dates, spec.valid or at(.6), spec.test or at(.78), max(panel.spec.horizons) if spec.purge is None else spec.purge,
-                       spec.embargo, train_days=spec.train_days)
+                       spec.embargo, spec.end, spec.train_days)
     ranks = Ranks()
     if spec.accumulate % ranks.world: raise AtftError(f'accumulate={spec.accumulate} passes a step cannot be shared evenly by {ranks.world} processes; use --accumulate {max(1, spec.accumulate//ranks.world)*ranks.world}')
     device = ranks.device(spec.device)
