@@ -6,8 +6,9 @@
 __all__ = ['HORIZONS', 'PHASES', 'PRECISIONS', 'CHECKPOINT_VERSION', 'Phase', 'phase_table', 'override', 'RunSpec',
            'parse_phases', 'check_run', 'graph_spec', 'network_spec', 'Setup', 'setup', 'Step', 'stack',
            'make_optimizer', 'horizon_weights', 'autocast', 'Predicted', 'predict', 'validate', 'identity',
-           'save_checkpoint', 'load_checkpoint', 'Trainer', 'peak_memory', 'predictions_table', 'metrics', 'write_json',
-           'plan', 'train_phase', 'claim_folder', 'run_phases', 'plot_history', 'write_report', 'main']
+           'save_checkpoint', 'load_checkpoint', 'Trainer', 'peak_memory', 'predictions_table', 'attribution',
+           'metrics', 'write_json', 'plan', 'train_phase', 'claim_folder', 'run_phases', 'plot_history', 'write_report',
+           'main']
 
 # %% ../nbs/03_phases.ipynb #imports
 import json, math, sys, time
@@ -34,7 +35,7 @@ from .intervals import mean_interval
 from .ledger import Ledger
 from .losses import TERMS, by_day, loss_terms, rank_ic, total_loss
 from .market import open_panel
-from .network import ATFT, PARTS, Forecast, NetworkSpec, parameter_groups
+from .network import ATFT, PARTS, Forecast, NetworkSpec, explain, parameter_groups, plot_explanation
 from .project import dated, project_root, provenance, provenance_table, save_figure, table, with_interval, write_text
 from .ranks import Ranks
 
@@ -506,6 +507,19 @@ def predictions_table(
     columns = ['date', 'code', 'horizon', 'prediction', 'q10', 'q50', 'q90', 'target', 'split']
     return pl.concat(parts).select(columns).with_columns(pl.col('target').fill_nan(None))
 
+def attribution(
+    net:ATFT,
+    s:Setup,
+): # matplotlib figure
+    "What the network looks at for the code it ranks first on the last validation day"
+    day = list(make_loader(ParquetStockIterableDataset(s.panel, s.split.valid[-1:], s.spec.lookback, s.spec.graph_lookback, s.scaler)))[0]
+    step = stack([day], s)
+    with torch.no_grad(): best = int(net.eval()(step.x, step.edge_index, step.edge_attr).score[:, 0].argmax())
+    e = explain(net, step.x, step.edge_index, step.edge_attr, day.codes, day.codes[best])
+    fig = plot_explanation(type(e)(*(v.cpu() if isinstance(v, Tensor) else v for v in e)), s.panel.spec.features, net.spec)
+    fig.suptitle(f'{day.codes[best]} on {day.date}, ranked first', fontsize=10)
+    return fig
+
 # %% ../nbs/03_phases.ipynb #metrics
 def metrics(
     t:Trainer,
@@ -587,6 +601,7 @@ def train_phase(
     if s.ranks.first:
         if s.spec.save_phase_checkpoint: save_checkpoint(run/f'phase{number}_best.pt', s, number, t.net)
         with atomic_path(run/f'phase{number}_predictions.parquet') as temp: predictions.write_parquet(temp)
+        save_figure(attribution(t.net, s), run/f'phase{number}.md', 'attribution')
         write_json(run/f'phase{number}_metrics.json', metrics(t))
     record(state='finished', score=metrics(t)['score'])
     s.ranks.wait()
@@ -602,11 +617,13 @@ def claim_folder(
     path = Path(s.spec.run_dir)/'config.json'
     config = json.loads(json.dumps(dict(run=asdict(s.spec), phases=[asdict(p) for p in override(PHASES, s.spec.overrides)],
         data=dict(fingerprint=s.panel.fingerprint, source=s.panel.source, panel=repr(s.panel), folder=str(s.panel.folder.resolve())),
-        split={k: [str(v[0]), str(v[-1]), len(v)] for k, v in vars(s.split).items()})))
+        split={k: [str(v[0]), str(v[-1]), len(v)] for k, v in vars(s.split).items()},
+        made={k: v for k, v in provenance('', '', s.spec.seed, 0).items() if k in ('commit', 'versions', 'hardware')})))
     if path.exists():
         old = json.loads(path.read_text())
         differ = [f'{k}={v} there, {config["run"][k]} here' for k, v in old['run'].items() if k not in _FREE and k in config['run'] and v != config['run'][k]]
         if old['data']['fingerprint'] != s.panel.fingerprint: differ.append('other data')
+        config['made'] = old.get('made', config['made'])  # by whom the folder was begun
         if differ: raise AtftError(f'run folder {s.spec.run_dir} was made with {"; ".join(differ)}; give another run_dir or delete it')
     write_json(path, config)
 
