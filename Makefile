@@ -1,6 +1,6 @@
 # The two commands: `make run` and `make test`. Each makes its own environment if there is none.
 .DEFAULT_GOAL := help
-.PHONY: help run test report bench ablation kills lab docs export env
+.PHONY: help run test report hpo-run bench ablation kills lab docs export env
 SHELL := /bin/bash
 BIN := .venv/bin
 EPOCHS ?= 3
@@ -33,6 +33,10 @@ test: env ## run every test: the notebooks, then tests/ (DATA=folder of market d
 
 report: env ## write the evaluation report of a run: make report RUN=runs/NAME
 	$(BIN)/papermill nbs/04_eval.ipynb -p run_dir $(RUN)
+
+TRIALS ?= 20
+hpo-run: env ## search over the phase table on the embedded market, or on DATA=folder; killed, it goes on; writes reports/hpo_summary_YYYYMMDD.md
+	$(BIN)/papermill nbs/05_hpo.ipynb -p n_trials $(TRIALS) -p phase 0-3 -p max_epochs 1 -p options '' -p fixed '' -p study_dir runs/hpo $(if $(DATA),-p data $(abspath $(DATA))) -p report_dir reports
 
 bench: env ## measure every speed claim beside its peers, a few minutes; writes reports/bench_YYYYMMDD.md (DATA=folder for the scaler's error)
 	$(BIN)/papermill nbs/06_bench.ipynb -p codes 3818 -p days 750 -p features 64 -p rounds 7 -p nodes 3818,10000 -p samples 1024 $(if $(DATA),-p data $(abspath $(DATA))) -p report_dir reports

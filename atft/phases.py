@@ -131,6 +131,7 @@ class RunSpec:
     days_per_step:int = 4                    # trading days that pass through the network together
     accumulate:int = 1                       # how many such passes an optimizer step adds up; shared by the processes of a torchrun job
     precision:str = 'float32'                # of the network's arithmetic: float32, bfloat16 or float16; weights and losses stay float32
+    predict_test:bool = True                 # False: predictions for the validation days alone, as a search wants them
     save_minutes:float = 5.                  # a checkpoint inside an epoch after so many minutes
     hidden:int = 32                          # D, hidden width
     heads:int = 4                            # attention heads
@@ -502,7 +503,7 @@ def predictions_table(
             q, score = p.forecast.quantiles[:, h].numpy(), p.forecast.score[:, h].numpy()
             yield (pl.DataFrame(dict(code=p.codes, prediction=score, q10=q[:, 0], q50=q[:, 1], q90=q[:, 2], target=p.y[:, h].numpy()))
                      .with_columns(pl.lit(p.date).alias('date'), pl.lit(horizon, pl.Int32).alias('horizon')))
-    parts = [part.with_columns(pl.lit(split).alias('split')) for split in ('valid', 'test')
+    parts = [part.with_columns(pl.lit(split).alias('split')) for split in ('valid', 'test')[:1+s.spec.predict_test]
              for part in s.ranks.all([pl.concat([r for p in days for r in rows(p)]) for days in predict(net, s, s.days(split))])]
     columns = ['date', 'code', 'horizon', 'prediction', 'q10', 'q50', 'q90', 'target', 'split']
     return pl.concat(parts).select(columns).with_columns(pl.col('target').fill_nan(None))
@@ -562,6 +563,7 @@ def train_phase(
     show:bool=True,     # a progress bar
     flag:StopFlag=StopFlag(), # raised when training shall stop after the step
     alive=lambda: None, # called after every step
+    watch=lambda number, entry: None, # called with the phase and the history's new entry after every epoch
 )->dict:                # the metrics
     "Train one phase to its end, continuing where an interrupted attempt stopped"
     run, phase = Path(s.spec.run_dir), override(PHASES, s.spec.overrides)[number]
@@ -592,6 +594,7 @@ def train_phase(
             while not t.history or not t.done:
                 t.epoch(bar, after_step, wish)
                 save()
+                watch(number, t.history[-1])
         except Stopped: raise
         except AtftError as e:
             record(state='failed', reason=str(e))
@@ -632,6 +635,7 @@ def run_phases(
     spec:RunSpec,
     panel:Panel|None=None, # None: opened from `spec.data`
     show:bool=True,        # progress bars and a line for each phase
+    watch=lambda number, entry: None, # called with the phase and the history's new entry after every epoch
 )->dict[int, dict]:        # phase -> its metrics
     "Train the phases of `spec` in order, each from the best weights of the one before"
     spec, ranks = check_run(spec), Ranks()
@@ -647,7 +651,7 @@ def run_phases(
             before, start = run/f'phase{number-1}_best.pt', None
             if spec.resume_checkpoint not in ('auto', 'none') and number == todo[0]: start = load_checkpoint(spec.resume_checkpoint, s)
             elif number and (number-1 in done or spec.resume_checkpoint == 'auto'): start = load_checkpoint(before, s)
-            done[number] = train_phase(s, number, start, show, flag, alive)
+            done[number] = train_phase(s, number, start, show, flag, alive, watch)
     return done
 
 # %% ../nbs/03_phases.ipynb #plot_history
