@@ -28,8 +28,8 @@ run: env ## train phases 0 to 4 on the embedded market, then write the report
 	@echo; cat $(RUN)/verdict.txt
 
 test: env ## run every test: the notebooks, then tests/ (DATA=folder of market data, GOLDEN=folder of outputs of the published layers)
-	$(BIN)/nbdev_test --n_workers 2
-	$(BIN)/python -m pytest -q --durations 12 $(if $(DATA),--data $(DATA)) $(if $(GOLDEN),--golden $(GOLDEN)) tests
+	OMP_WAIT_POLICY=passive $(BIN)/nbdev_test --n_workers 2
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal --durations 12 $(if $(DATA),--data $(DATA)) $(if $(GOLDEN),--golden $(GOLDEN)) tests
 
 report: env ## write the evaluation report of a run: make report RUN=runs/NAME
 	$(BIN)/papermill nbs/04_eval.ipynb -p run_dir $(RUN)
@@ -45,8 +45,8 @@ ABLATION := -p codes 100 -p days 600 -p base_epochs 4 -p epochs 3 -p chain_epoch
 ablation: env ## what each part of the network adds on generated markets; an hour or more, continues where it stopped; writes reports/fan_san_YYYYMMDD.md
 	$(BIN)/papermill nbs/07_ablation.ipynb -p markets peers,periodic,shift,all,none -p seeds 0,1,2,3,4 -p branches "graph,fan,fan + levels,san,levels,RevIN,LayerNorm" -p chain_seeds 0,1,2,3,4 $(ABLATION)
 
-kills: env ## kill a run 20 times and its saving 100 times, fill the disk 20 times, race for 60 seconds
-	$(BIN)/python -m pytest -q tests/test_resume.py tests/test_panel.py --kills 20 --race-seconds 60
+kills: env ## kill a run 20 times, its saving 500 times and a search 10 times, fill the disk 20 times, race for 60 seconds
+	$(BIN)/python -m pytest -q tests/test_resume.py tests/test_panel.py tests/test_hpo.py --durations 12 --kills 20 --race-seconds 60
 
 lab: env ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab nbs

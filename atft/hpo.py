@@ -7,7 +7,7 @@ __all__ = ['SPACE', 'suggest', 'apply_values', 'Search', 'open_study', 'finished
            'write_summary']
 
 # %% ../nbs/05_hpo.ipynb #imports
-import fcntl, json, os, warnings
+import fcntl, json, os, time, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +17,8 @@ import numpy as np
 import optuna
 import polars as pl
 from optuna.trial import TrialState
+from sqlalchemy import make_url
+from sqlalchemy.exc import SQLAlchemyError
 from tqdm import tqdm
 
 from .checkpoint import Stopped
@@ -85,10 +87,16 @@ def _mend_journal(path):
     if whole < len(content): os.truncate(path, whole)
     return len(content)-whole
 
+def _database(address, tries=4):
+    "Optuna's storage in a database; two machines that make its tables at the same moment are one too many, so the second looks again"
+    for n in range(tries):
+        try: return optuna.storages.RDBStorage(address, heartbeat_interval=20, grace_period=60, heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=3))
+        except SQLAlchemyError as e:
+            if n == tries-1: raise AtftError(f'search: the database {make_url(address).render_as_string()} does not answer ({str(e).splitlines()[0][:150]}); check the address and that its server runs') from None
+            time.sleep(1+n)
+
 def _storage(search):
-    if search.storage:
-        return optuna.storages.RDBStorage(search.storage, heartbeat_interval=20, grace_period=60,
-            heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=3))
+    if search.storage: return _database(search.storage)
     return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(Path(search.run.run_dir)/'journal.log')))
 
 def open_study(

@@ -1,4 +1,6 @@
 "What the tests share: a small market on disk, and the folder of real market data if one is given"
+import os
+os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # tests run side by side: threads that wait leave the processor to others; results do not depend on it
 from pathlib import Path
 import pytest
 from atft.market import MarketSpec, embedded_panel
@@ -8,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 def pytest_addoption(parser):
     parser.addoption('--data', default=None, help='folder of daily OHLCV shards, for the tests on real market data')
     parser.addoption('--golden', default=None, help='folder of outputs of the published FAN, SAN and RevIN (.npz)')
-    parser.addoption('--kills', default='3', help='how often a run is killed; five times as often while it saves')
+    parser.addoption('--kills', default='3', help='how often a run is killed; 25 times as often while it saves, half as often while it searches')
     parser.addoption('--race-seconds', default='8', help='how long eight processes race for one cache')
 
 @pytest.fixture
