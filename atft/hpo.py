@@ -147,8 +147,8 @@ def _objective(search, panel, study, taken, stopped):
         folder = trial.user_attrs.get('folder', trial.number)
         trial.set_user_attr('folder', folder)
         values = suggest(trial, search.fixed)
-        def watch(number, entry):
-            trial.report(entry['valid']['rank_ic'][index], 100*number+entry['epoch'])
+        def watch(number, history):
+            trial.report(history[-1]['valid']['rank_ic'][index], 100*number+history[-1]['epoch'])
             if trial.should_prune(): raise optuna.TrialPruned
         record = lambda **facts: Ledger(search.run.run_dir).write('trial', f'{study.study_name} {folder}', **facts, values=values)
         try:

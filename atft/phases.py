@@ -7,8 +7,8 @@ __all__ = ['HORIZONS', 'PHASES', 'PRECISIONS', 'CHECKPOINT_VERSION', 'Phase', 'p
            'parse_phases', 'check_run', 'graph_spec', 'network_spec', 'Setup', 'setup', 'Step', 'stack',
            'make_optimizer', 'horizon_weights', 'autocast', 'Predicted', 'predict', 'validate', 'identity',
            'save_checkpoint', 'load_checkpoint', 'Trainer', 'peak_memory', 'predictions_table', 'attribution',
-           'metrics', 'write_json', 'plan', 'train_phase', 'claim_folder', 'run_phases', 'plot_history', 'write_report',
-           'main']
+           'metrics', 'write_json', 'plan', 'train_phase', 'claim_folder', 'run_phases', 'plot_history', 'LivePicture',
+           'write_report', 'main']
 
 # %% ../nbs/03_phases.ipynb #imports
 import json, math, sys, time
@@ -23,6 +23,7 @@ import numpy as np
 import polars as pl
 import torch
 import tyro
+from IPython.display import display
 from fastcore.basics import chunked, patch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -563,7 +564,7 @@ def train_phase(
     show:bool=True,     # a progress bar
     flag:StopFlag=StopFlag(), # raised when training shall stop after the step
     alive=lambda: None, # called after every step
-    watch=lambda number, entry: None, # called with the phase and the history's new entry after every epoch
+    watch=lambda number, history: None, # called with the phase and its history after every epoch
 )->dict:                # the metrics
     "Train one phase to its end, continuing where an interrupted attempt stopped"
     run, phase = Path(s.spec.run_dir), override(PHASES, s.spec.overrides)[number]
@@ -594,7 +595,7 @@ def train_phase(
             while not t.history or not t.done:
                 t.epoch(bar, after_step, wish)
                 save()
-                watch(number, t.history[-1])
+                watch(number, t.history)
         except Stopped: raise
         except AtftError as e:
             record(state='failed', reason=str(e))
@@ -635,7 +636,7 @@ def run_phases(
     spec:RunSpec,
     panel:Panel|None=None, # None: opened from `spec.data`
     show:bool=True,        # progress bars and a line for each phase
-    watch=lambda number, entry: None, # called with the phase and the history's new entry after every epoch
+    watch=lambda number, history: None, # called with the phase and its history after every epoch
 )->dict[int, dict]:        # phase -> its metrics
     "Train the phases of `spec` in order, each from the best weights of the one before"
     spec, ranks = check_run(spec), Ranks()
@@ -673,6 +674,18 @@ def plot_history(
     for ax, title in zip(axes, titles): ax.set(title=title, xlabel='epoch')
     axes[0].legend(frameon=False, fontsize=7); axes[2].legend(frameon=False, fontsize=7)
     return fig
+
+class LivePicture:
+    "`plot_history`, drawn again in a notebook after every epoch; give it to `run_phases` as `watch`"
+    def __init__(self): self.results, self.handle = {}, None
+
+    def __call__(self, number:int, history:list):
+        best = max(range(len(history)), key=lambda e: history[e]['score'])
+        self.results[number] = dict(name=PHASES[number].name, epochs=history, best_epoch=best, score=history[best]['score'])
+        fig = plot_history(self.results)
+        if self.handle is None: self.handle = display(fig, display_id=True)
+        else: self.handle.update(fig)
+        plt.close(fig)
 
 # %% ../nbs/03_phases.ipynb #write_report
 def write_report(
