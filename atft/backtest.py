@@ -42,6 +42,7 @@ class Trading:
         if not 0 < self.cap <= 1: raise AtftError(f'backtest: cap={self.cap} must lie in (0, 1]')
         if self.top is not None and self.top < 1: raise AtftError(f'backtest: top={self.top} must be at least 1')
 
+# %% ../nbs/03c_backtest.ipynb #target_weights
 def target_weights(
     prediction:torch.Tensor, # [D, N], NaN where there is none
     trading:Trading,
@@ -82,11 +83,13 @@ def _last_known(x):
     at = np.maximum.accumulate(np.where(np.isfinite(x), np.arange(len(x))[:, None], 0), 0)
     return np.take_along_axis(x, at, 0)
 
+# %% ../nbs/03c_backtest.ipynb #_from_targets
 def _from_targets(d, one, weights, trading):
     if trading.entry == 'next_open' or trading.impact: raise AtftError(f'backtest: entry={trading.entry!r}, impact={trading.impact} need prices with open, close and dollar_volume')
     traded, r = d.prediction.isfinite().numpy() | one.target.isfinite().numpy(), one.target.numpy()
     return _Moves(d.dates, weights, np.nan_to_num(r), traded, np.zeros_like(traded), None)
 
+# %% ../nbs/03c_backtest.ipynb #_from_prices
 def _from_prices(d, prices, weights, trading):
     "Days after the last prediction serve to earn its return"
     needed = ['close']+['open']*(trading.entry == 'next_open')+['dollar_volume']*bool(trading.impact)
@@ -178,6 +181,7 @@ def performance(
     values, lows, highs = [*_metrics(x), two[:, 1].mean(), even(two)], [*low, *(s[0] for s in spans)], [*high, *(s[1] for s in spans)]
     return pl.DataFrame(dict(metric=[*METRICS, 'turnover', 'breakeven_bps'], value=values, low=lows, high=highs), schema_overrides=dict(low=pl.Float64, high=pl.Float64)).fill_nan(None)
 
+# %% ../nbs/03c_backtest.ipynb #metric
 def metric(
     found:pl.DataFrame, # from `performance`
     name:str,

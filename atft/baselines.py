@@ -52,6 +52,7 @@ def reversal(
     "Minus the return of the last days"
     return past_return(panel, dates, days, sign=-1)
 
+# %% ../nbs/03d_baselines.ipynb #momentum
 def momentum(
     panel:Panel,
     dates:np.ndarray, # days to predict

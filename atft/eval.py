@@ -41,6 +41,7 @@ class RunResult(NamedTuple):
     looks:int      # different sets of test predictions that were opened
     pictures:list  # of attribution, paths
 
+# %% ../nbs/04_eval.ipynb #_with_groups
 def _with_groups(predictions, panel):
     "The panel's sector and dollar volume beside the predictions"
     have = [c for c in ('sector', 'dollar_volume') if c in panel.scan().collect_schema()]
@@ -66,6 +67,7 @@ def _load_fold(run):
     pictures = [p for p in [run/f'phase{m["phase"]}_attribution.png'] if p.exists()]
     return RunResult([config], phases, baselines(panel, Split(**days), days['test'], config['run']['seed']), minutes, ledger.count('trial'), ledger.count('test'), pictures)
 
+# %% ../nbs/04_eval.ipynb #load_run
 def load_run(
     run_dir:str|Path, # written by `run_phases`; several folds of a walk-forward with commas
 )->RunResult:
@@ -98,6 +100,7 @@ def effect(
     "Which side of zero a difference lies on, with all that were compared in mind"
     return None if row['low'] is None or row['holm'] is None or row['holm'] >= .05 else 1 if row['difference'] > 0 else -1
 
+# %% ../nbs/04_eval.ipynb #difference_table
 def difference_table(
     pairs:pl.DataFrame, # from `compare`
 )->str:
@@ -163,6 +166,7 @@ def _plot_rank_ic(result, everything, h):
     c.axhline(0, color='k', lw=.8); c.set_xticks(range(len(years)), years['group'], fontsize=8); c.set(title='by year')
     return fig
 
+# %% ../nbs/04_eval.ipynb #_plot_profit
 def _plot_profit(daily, cost_bps):
     "Value and drawdown at several costs, and the Sharpe ratio by cost with its interval"
     fig, (a, b, c) = plt.subplots(1, 3, figsize=(12, 2.8), constrained_layout=True)
@@ -177,6 +181,7 @@ def _plot_profit(daily, cost_bps):
     if all(low is not None for _, low, _ in sharpe): c.fill_between(list(daily), [l for _, l, _ in sharpe], [h for _, _, h in sharpe], alpha=.2)
     return fig
 
+# %% ../nbs/04_eval.ipynb #_plot_steps
 def _plot_steps(pairs):
     "Paired differences as points with intervals, a column a horizon"
     horizons = pairs['horizon'].unique().sort().to_list()
@@ -190,6 +195,7 @@ def _plot_steps(pairs):
     axes[0, 0].set_yticks(range(len(names)), [f'{b} against {a}' for b, a in names], fontsize=8); axes[0, 0].invert_yaxis()
     return fig
 
+# %% ../nbs/04_eval.ipynb #_plot_reach
 def _plot_reach(last, decayed, evaluation):
     "Horizon by delay, and how often targets fall below each quantile"
     fig, (a, b) = plt.subplots(1, 2, figsize=(9, 2.8), constrained_layout=True)
@@ -200,6 +206,7 @@ def _plot_reach(last, decayed, evaluation):
     if b.get_legend_handles_labels()[1]: b.legend(frameon=False, fontsize=8)
     return fig
 
+# %% ../nbs/04_eval.ipynb #plot_evaluation-2
 def plot_evaluation(
     result:RunResult,
     pairs:pl.DataFrame,   # from `step_differences`
@@ -231,6 +238,7 @@ def _backtest_table(result, cost_bps):
     rows.append(['equal weight, long, no costs', with_interval(*metric(long, 'sharpe'), '.2f'), *['']*9])
     return table(head, rows)
 
+# %% ../nbs/04_eval.ipynb #_detail_table
 def _detail_table(evaluation):
     "Everything else that is known of each horizon of one forecaster"
     f = lambda v, form='.3f': '' if v is None else f'{v:{form}}'
@@ -245,6 +253,7 @@ def _group_table(predictions, by):
     rows = [[group, *(with_interval(r['rank_ic'], r['low'], r['high']) for r in part.iter_rows(named=True)), part['days'][0]] for (group,), part in g.group_by('group', maintain_order=True)]
     return table([by.replace('_', ' '), *(f'h={h}' for h in g['horizon'].unique().sort()), 'days'], rows)
 
+# %% ../nbs/04_eval.ipynb #tried
 def tried(
     result:RunResult,
     daily:dict,  # as for `plot_evaluation`

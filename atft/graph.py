@@ -139,6 +139,7 @@ def _gaps(c):
 
 _TILE = 1024  # columns whose room fits the first cache
 
+# %% ../nbs/01_graph.ipynb #_correct
 @njit(nogil=True, cache=True, error_model='numpy')
 def _correct(product, p, c, min_obs, room, r):
     "r [n]: the correlations of code p, from its row of the product; room [6, _TILE]"
@@ -175,6 +176,7 @@ def _correct(product, p, c, min_obs, room, r):
         if few:
             for j in range(m): out[j] = out[j] if common[j] >= min_obs else zero
 
+# %% ../nbs/01_graph.ipynb #_choose
 @njit(nogil=True, cache=True, error_model='numpy')
 def _choose(product, first, c, min_obs, scale, threshold, neighbour, value):
     "For codes first, first+1, ... with rows of the product [m, n]: their k strongest neighbours [m, k], -1 where there are fewer, and the signed correlations"
@@ -185,6 +187,7 @@ def _choose(product, first, c, min_obs, scale, threshold, neighbour, value):
         r[first+i] = 0
         _keep_strongest(r, scale, threshold, neighbour[i], value[i])
 
+# %% ../nbs/01_graph.ipynb #_strongest-2
 def _strongest(codes, spec, block):
     "(source, target, correlation) of each code's k strongest neighbours at or above the threshold"
     n, k, device = len(codes.index), min(spec.k, len(codes.index)), codes.x.device

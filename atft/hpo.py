@@ -54,6 +54,7 @@ def suggest(
     if unknown: raise AtftError(f'search: no parameter {sorted(unknown)[0]!r}; there are {", ".join(SPACE)}')
     return {name: ask(trial) for name, ask in SPACE.items() if name not in fixed}
 
+# %% ../nbs/05_hpo.ipynb #apply_values
 def apply_values(
     spec:RunSpec,
     values:dict, # from `suggest`, or of a finished trial
@@ -87,6 +88,7 @@ def _mend_journal(path):
     if whole < len(content): os.truncate(path, whole)
     return len(content)-whole
 
+# %% ../nbs/05_hpo.ipynb #_database
 def _database(address, tries=4):
     "Optuna's storage in a database; two machines that make its tables at the same moment are one too many, so the second looks again"
     for n in range(tries):
@@ -99,6 +101,7 @@ def _storage(search):
     if search.storage: return _database(search.storage)
     return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(Path(search.run.run_dir)/'journal.log')))
 
+# %% ../nbs/05_hpo.ipynb #open_study
 def open_study(
     search:Search,
 )->optuna.Study:
@@ -117,6 +120,7 @@ def finished_trials(
     "Complete, pruned, or failed for a reason of their own; a failure without a reason was killed, and is asked again"
     return [t for t in study.get_trials(deepcopy=False) if t.state in (TrialState.COMPLETE, TrialState.PRUNED) or t.state == TrialState.FAIL and 'reason' in t.user_attrs]
 
+# %% ../nbs/05_hpo.ipynb #_retry_killed
 def _retry_killed(study):
     "Trials that say they run though nobody works: their values are asked again, and go on in their folder"
     for t in study.get_trials(states=(TrialState.RUNNING,)):
@@ -171,6 +175,7 @@ def _objective(search, panel, study, taken, stopped):
             raise
     return objective
 
+# %% ../nbs/05_hpo.ipynb #run_study-2
 def run_study(
     search:Search,
     panel:Panel|None=None, # None: opened from `search.run.data`
@@ -236,12 +241,14 @@ def _figures(study):
             out['parallel'].set_size_inches(12, 4)
     return out
 
+# %% ../nbs/05_hpo.ipynb #_trial_rows
 def _trial_rows(study):
     for t in sorted(finished_trials(study), key=lambda t: -(t.value if t.value is not None and t.state == TrialState.COMPLETE else -9)):
         minutes = f'{(t.datetime_complete-t.datetime_start).total_seconds()/60:.1f}' if t.datetime_complete else ''
         shown = ', '.join(f'{k} {v:.3g}' if isinstance(v, float) else f'{k} {v}' for k, v in t.params.items())
         yield [t.number, t.state.name.lower(), f'{t.value:+.4f}' if t.state == TrialState.COMPLETE else '', minutes, shown, t.user_attrs.get('reason', '')[:120]]
 
+# %% ../nbs/05_hpo.ipynb #write_summary-2
 def write_summary(
     search:Search,
     study:optuna.Study,

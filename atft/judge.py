@@ -36,6 +36,7 @@ def rank_autocorrelation(
     "Spearman correlation of a day's predictions with the day before's: 1 minus it is how fast the ranking turns over"
     return float(rank_ic(prediction[1:], prediction[:-1]).nanmean()) if len(prediction) > 1 else float('nan')
 
+# %% ../nbs/03b_judge.ipynb #evaluate-2
 def evaluate(
     predictions,      # anything that `load_predictions` takes
     draws:int=2000,   # of the stationary bootstrap; 0: leave boot_low and boot_high null
@@ -69,6 +70,7 @@ def decay(
             rows.append(dict(horizon=h, delay=delay, rank_ic=i['mean'], low=i['low'], high=i['high'], days=i['days']))
     return pl.DataFrame(rows, schema_overrides=dict(rank_ic=pl.Float64, low=pl.Float64, high=pl.Float64)).fill_nan(None)
 
+# %% ../nbs/03b_judge.ipynb #plot_decay
 def plot_decay(
     decayed:pl.DataFrame, # from `decay`
     ax,
@@ -86,6 +88,7 @@ def plot_decay(
     ax.set(xticks=range(len(grid.columns)-1), yticks=range(len(grid)), xlabel='acted on so many sessions late', ylabel='horizon', title='rank IC (grey: not clear of zero)')
     ax.set_xticklabels(grid.columns[1:]); ax.set_yticklabels(grid['horizon'])
 
+# %% ../nbs/03b_judge.ipynb #evaluate_by
 def evaluate_by(
     predictions, # anything that `load_predictions` takes
     by:str,      # year, or a column: a number is cut at its median of the day into its halves
