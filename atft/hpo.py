@@ -92,7 +92,10 @@ def _mend_journal(path):
 def _database(address, tries=4):
     "Optuna's storage in a database; two machines that make its tables at the same moment are one too many, so the second looks again"
     for n in range(tries):
-        try: return optuna.storages.RDBStorage(address, heartbeat_interval=20, grace_period=60, heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=3))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter('ignore', optuna.exceptions.ExperimentalWarning)
+                return optuna.storages.RDBStorage(address, heartbeat_interval=20, grace_period=60, heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=3))
         except SQLAlchemyError as e:
             if n == tries-1: raise AtftError(f'search: the database {make_url(address).render_as_string()} does not answer ({str(e).splitlines()[0][:150]}); check the address and that its server runs') from None
             time.sleep(1+n)
