@@ -275,7 +275,7 @@ def write_summary(
         f'- The ledger of the study has {Ledger(search.run.run_dir).count("trial")} trials and {Ledger(search.run.run_dir).count("test")} look(s) at the test days.',
         provenance_table(provenance(command, f'{panel}; {panel.source}', search.run.seed, minutes)),
         f'Every trial trains phases {search.run.phase} with at most {search.run.max_epochs} epochs each; pruned by the median, sampled by TPE.',
-        '## The line it suggests', 'The winner as a run:', f'```bash\npython -m atft.phases --phase {spec.phase} {kept} --overrides "{spec.overrides}"\n```',
+        '## The line it suggests', 'The winner as a run:', f'```bash\npython -m atft.phases --phase {spec.phase} --max-epochs {spec.max_epochs} {kept} --overrides "{spec.overrides}"\n```',
         table(['value', 'found', 'in the table'], [[k, f'{x:.4g}' if isinstance(x, float) else x, dict(lr_factor=1., weight_decay=PHASES[0].weight_decay, hidden=RunSpec.hidden, dropout=RunSpec.dropout, fan_windows=' '.join(map(str, RunSpec.fan_windows)), san_slices=RunSpec.san_slices, k=RunSpec.k, threshold=RunSpec.threshold).get(k, 'by phase')] for k, x in study.best_trial.params.items()]),
         '## How it went', *figures.values(), '## Every horizon of the winner',
         table(['split', 'h', 'rank IC', 'widened for all trials', 'days'], [[r['split'], r['horizon'], with_interval(r['rank_ic'], r['low'], r['high']), '' if r['low_all'] is None else f'[{r["low_all"]:+.4f}, {r["high_all"]:+.4f}]', r['days']] for r in judged.iter_rows(named=True)]),
