@@ -73,7 +73,7 @@ def test_intervals_of_noise_miss_zero_as_often_as_they_say():
                 i = mean_interval(rank_ic(torch.from_numpy(signal), target).numpy(), h)
                 missed[h].append(not i['low'] <= 0 <= i['high'])
     rates = {h: np.mean(m) for h, m in missed.items()}
-    assert all(.02 < r <= .07+1.5*(.05*.95/300)**.5 for r in rates.values()) and np.mean(list(rates.values())) <= .07, rates
+    assert all(.02 < r <= .07 for r in rates.values()), rates
 
 def test_labels_shuffled_within_days_are_worth_nothing(small_market, tmp_path):
     "Train on labels that belong to other codes: what is learnt does not rank the true ones"
@@ -85,7 +85,7 @@ def test_labels_shuffled_within_days_are_worth_nothing(small_market, tmp_path):
     panel = write_panel(shuffled, tmp_path/'panel', small_market.spec)
     run_phases(replace(SMALL, run_dir=str(tmp_path/'run'), phase='0-1'), panel, show=False)
     for n in (0, 1):
-        judged = evaluate(pl.read_parquet(tmp_path/f'run/phase{n}_predictions.parquet').filter(pl.col('split') == 'test'), draws=0, level=1-.05/8).drop_nulls('low')
+        judged = evaluate(pl.read_parquet(tmp_path/f'run/phase{n}_predictions.parquet').filter(pl.col('split') == 'test'), draws=0).drop_nulls('low')
         for row in judged.iter_rows(named=True): assert row['low'] < 0 < row['high'], row
 
 def test_a_feature_that_is_tomorrows_return_is_caught():
