@@ -32,7 +32,7 @@ from .project import dated, project_root, provenance, provenance_table, save_fig
 # %% ../nbs/05_hpo.ipynb #SPACE
 SPACE = dict(
     lr_factor=lambda t: t.suggest_float('lr_factor', .2, 3, log=True),         # times the table's learning rates
-    weight_decay=lambda t: t.suggest_float('weight_decay', 1e-6, 1e-2, log=True),
+    weight_decay=lambda t: t.suggest_float('weight_decay', 1e-5, 1, log=True), # a step shrinks by lr times this: under .1 a short run does not feel it
     mse=lambda t: t.suggest_float('mse', 0, 1),                                # shares of the loss terms
     quantile=lambda t: t.suggest_float('quantile', .1, 1),
     sharpe=lambda t: t.suggest_float('sharpe', 0, 1),
