@@ -59,23 +59,22 @@ def target_weights(
     chosen = torch.cat([torch.zeros(horizon-1, weights.shape[1], dtype=torch.float64), weights])
     return chosen.unfold(0, horizon, 1).mean(-1).clamp(-trading.cap, trading.cap)
 
-# %% ../nbs/03c_backtest.ipynb #_Moves
-class _Moves(NamedTuple):
-    "What positions taken at each step earn, and what trading them needs"
-    dates:list
-    weights:np.ndarray  # [D, N] wanted
-    returns:np.ndarray  # [D, N] from this step's execution to the next one's; 0 where the price stands still
-    tradable:np.ndarray # [D, N] a price at the execution
-    gone:np.ndarray     # [D, N] never traded again after this step
-    depth:np.ndarray|None # [D, N] impact of trading the whole capital: impact x volatility / sqrt(average daily volume), times sqrt(capital)
+# %% ../nbs/03c_backtest.ipynb #_Market
+class _Market(NamedTuple):
+    "What a position taken at each step earns, and what taking it needs; T steps, N codes"
+    dates:list          # of the decisions
+    decided:np.ndarray  # [T] which day of the predictions; -1: none, no position
+    returns:np.ndarray  # [T, N] from this step's execution to the next one's; 0 where the price stands still
+    tradable:np.ndarray # [T, N] a price at the execution
+    gone:np.ndarray     # [T, N] never traded again after this step
+    depth:np.ndarray|None # [T, N] impact of trading the whole capital: impact x volatility / sqrt(average daily volume), times sqrt(capital)
 
 def _grid(prices, dates, codes, column):
     "A column of prices as [days, codes], NaN where there is none"
-    place = lambda values, among: {v: i for i, v in enumerate(among)}
-    at, to = place(None, dates), place(None, codes)
+    known = prices.select(pl.col('date').cast(pl.Date), pl.col('code').cast(pl.String).cast(pl.Enum(codes), strict=False), pl.col(column).cast(pl.Float64)).drop_nulls()
+    known = known.filter(pl.col('date').is_in(dates))
     out = np.full((len(dates), len(codes)), np.nan)
-    rows = prices.filter(pl.col('date').is_in(dates) & pl.col('code').is_in(codes))
-    out[[at[d] for d in rows['date']], [to[c] for c in rows['code']]] = rows[column].cast(pl.Float64).fill_null(np.nan).to_numpy()
+    out[pl.Series(dates).search_sorted(known['date']).to_numpy(), known['code'].to_physical().to_numpy()] = known[column].to_numpy()
     return np.where(out > 0, out, np.nan)
 
 def _last_known(x):
@@ -84,13 +83,16 @@ def _last_known(x):
     return np.take_along_axis(x, at, 0)
 
 # %% ../nbs/03c_backtest.ipynb #_from_targets
-def _from_targets(d, one, weights, trading):
+def _from_targets(d, predictions, horizon, trading):
     if trading.entry == 'next_open' or trading.impact: raise AtftError(f'backtest: entry={trading.entry!r}, impact={trading.impact} need prices with open, close and dollar_volume')
-    traded, r = d.prediction.isfinite().numpy() | one.target.isfinite().numpy(), one.target.numpy()
-    return _Moves(d.dates, weights, np.nan_to_num(r), traded, np.zeros_like(traded), None)
+    one = d if horizon == 1 else dense(predictions, 1)
+    if d.dates != one.dates or d.codes != one.codes: raise AtftError('backtest: the traded horizon and horizon 1 do not have the same days and codes; give prices')
+    traded, late = d.prediction.isfinite().numpy() | one.target.isfinite().numpy(), int(trading.entry == 'next_close')
+    return _Market(d.dates, np.maximum(np.arange(len(d.dates))-late, -1), np.nan_to_num(one.target.numpy()), traded, np.zeros_like(traded), None)
+
 
 # %% ../nbs/03c_backtest.ipynb #_from_prices
-def _from_prices(d, prices, weights, trading):
+def _from_prices(d, prices, trading):
     "Days after the last prediction serve to earn its return"
     needed = ['close']+['open']*(trading.entry == 'next_open')+['dollar_volume']*bool(trading.impact)
     for c in needed:
@@ -100,9 +102,9 @@ def _from_prices(d, prices, weights, trading):
     if missing: raise AtftError(f'backtest: prices have no rows on {min(missing)}, a day with predictions')
     column = 'open' if trading.entry == 'next_open' else 'close'
     price = _grid(prices, calendar, d.codes, column)
-    position, lag = np.zeros((len(calendar), len(d.codes))), trading.entry != 'close'
+    decided, lag = np.full(len(calendar), -1), int(trading.entry != 'close')
     at = np.searchsorted(np.array(calendar), np.array(d.dates))
-    position[at] = weights
+    decided[at] = np.arange(len(at))
     known = _last_known(price)
     returns = np.nan_to_num(known[1:]/known[:-1]-1)
     gone = ~np.isfinite(price[::-1]).any(0) | (np.arange(len(calendar))[:, None] >= len(calendar)-1-np.isfinite(price[::-1]).argmax(0))
@@ -117,7 +119,35 @@ def _from_prices(d, prices, weights, trading):
     first, last = (at[0]+lag, min(at[-1]+lag, len(calendar)-2))
     if last < first: raise AtftError(f'backtest: no price after {d.dates[0]} to earn a return with')
     steps = np.arange(first, last+1)
-    return _Moves([calendar[s-lag] for s in steps], position[steps-lag], returns[steps], np.isfinite(price[steps]), gone[steps], None if depth is None else depth[steps-lag])
+    return _Market([calendar[s-lag] for s in steps], decided[steps-lag], returns[steps], np.isfinite(price[steps]), gone[steps], None if depth is None else depth[steps-lag])
+
+
+# %% ../nbs/03c_backtest.ipynb #_account
+def _account(
+    weights, # [D, N] wanted, by day of the predictions
+    market,
+    trading,
+):           # a table as `backtest` gives
+    rate, borrow = (trading.commission_bps+trading.spread_bps/2)/1e4, trading.borrow_bps/1e4/252
+    cash, held, nothing, rows = 1., np.zeros(weights.shape[1]), np.zeros(weights.shape[1]), []
+    for t, (day, r, ends) in enumerate(zip(market.decided, market.returns, market.gone.any(1))):
+        before = cash+held.sum()
+        trade = np.where(market.tradable[t], (weights[day] if day >= 0 else nothing)*before-held, 0.)
+        traded, held = np.abs(trade), held+trade
+        cost = rate*traded.sum()
+        if borrow: cost -= borrow*np.minimum(held, 0).sum()
+        if market.depth is not None: cost += float(np.nansum(traded*np.sqrt(traded)*market.depth[t]))
+        cash, earned = cash-trade.sum()-cost, held*r
+        if ends:  # paid out at the last price
+            gone = market.gone[t]
+            earned = np.where(gone, held*((1+r)*(1+trading.delisting)-1), earned)
+            cash += (held+earned)[gone].sum()
+            held = np.where(gone, 0., held+earned)
+        else: held = held+earned
+        rows.append((earned.sum()/before, cost/before, (earned.sum()-cost)/before, traded.sum()/before, cash+held.sum(), cash, held.sum()))
+    names = ('gross', 'cost', 'net', 'turnover', 'value', 'cash', 'positions')
+    return pl.DataFrame(dict(date=market.dates) | dict(zip(names, np.array(rows).T)))
+
 
 # %% ../nbs/03c_backtest.ipynb #backtest
 def backtest(
@@ -130,30 +160,9 @@ def backtest(
     "Daily return of trading the predictions"
     trading, predictions = replace(trading or Trading(), **changes), load_predictions(predictions)
     d = dense(predictions, horizon)
-    weights = target_weights(d.prediction, trading, horizon).numpy()
-    if prices is not None: m = _from_prices(d, prices, weights, trading)
-    else:
-        one = dense(predictions, 1)
-        if d.dates != one.dates or d.codes != one.codes: raise AtftError(f'backtest: horizons {horizon} and 1 do not have the same days and codes; give prices')
-        if trading.entry == 'next_close': weights = np.vstack([np.zeros_like(weights[:1]), weights[:-1]])
-        m = _from_targets(d, one, weights, trading)
-    rate, borrow = (trading.commission_bps+trading.spread_bps/2)/1e4, trading.borrow_bps/1e4/252
-    cash, held, rows = 1., np.zeros(weights.shape[1]), []
-    for t, (wanted, r, open_, gone) in enumerate(zip(m.weights, m.returns, m.tradable, m.gone)):
-        before = cash+held.sum()
-        trade = np.where(open_, wanted*before-held, 0.)
-        traded = np.abs(trade)
-        cost = rate*traded.sum()+borrow*np.abs(np.minimum(held+trade, 0)).sum()
-        if m.depth is not None: cost += float(np.nansum(traded*np.sqrt(traded)*m.depth[t]))
-        held, cash = held+trade, cash-trade.sum()-cost
-        earned = held*r
-        if gone.any():  # paid out at the last price
-            earned = np.where(gone, held*((1+r)*(1+trading.delisting)-1), earned)
-            cash += (held+earned)[gone].sum()
-        held = np.where(gone, 0., held+earned)
-        rows.append((earned.sum()/before, cost/before, (earned.sum()-cost)/before, traded.sum()/before, cash+held.sum(), cash, held.sum()))
-    names = ('gross', 'cost', 'net', 'turnover', 'value', 'cash', 'positions')
-    return pl.DataFrame(dict(date=m.dates) | dict(zip(names, np.array(rows).T)))
+    market = _from_targets(d, predictions, horizon, trading) if prices is None else _from_prices(d, prices, trading)
+    return _account(target_weights(d.prediction, trading, horizon).numpy(), market, trading)
+
 
 # %% ../nbs/03c_backtest.ipynb #performance
 METRICS = ('return', 'volatility', 'sharpe', 'sortino', 'calmar', 'max_drawdown', 'omega', 'hit_rate')
@@ -199,16 +208,13 @@ def random_portfolios(
     prices:pl.DataFrame|None=None,
 )->np.ndarray: # [count] net Sharpe ratios, annualised
     "What the same trading earns when every code gets the predictions of another"
-    table, rng, out = load_predictions(predictions), np.random.default_rng(seed), []
-    codes = table['code'].unique().sort()
-    keys = ['date', 'code', 'horizon']
-    rest = table.drop('prediction')
-    for _ in tqdm(range(count), desc='random portfolios', leave=False, delay=2):
-        other = pl.DataFrame(dict(code=codes, to=codes.gather(rng.permutation(len(codes)))))
-        shuffled = table.select(*keys, 'prediction').join(other, on='code').select('date', 'horizon', 'prediction', code='to')
-        b = backtest(rest.join(shuffled, on=keys, how='left'), horizon, trading, prices)
-        out.append(_metrics(b['net'].to_numpy())[METRICS.index('sharpe')])
-    return np.array(out)
+    trading, predictions, rng = trading or Trading(), load_predictions(predictions), np.random.default_rng(seed)
+    d = dense(predictions, horizon)
+    market = _from_targets(d, predictions, horizon, trading) if prices is None else _from_prices(d, prices, trading)
+    def sharpe():
+        weights = target_weights(d.prediction[:, rng.permutation(len(d.codes))], trading, horizon).numpy()
+        return _metrics(_account(weights, market, trading)['net'].to_numpy())[METRICS.index('sharpe')]
+    return np.array([sharpe() for _ in tqdm(range(count), desc='random portfolios', leave=False, delay=2)])
 
 def equal_weight(
     predictions, # anything that `load_predictions` takes; its returns of horizon 1 are used
