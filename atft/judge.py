@@ -12,7 +12,7 @@ import polars as pl
 import torch
 
 from .intervals import apart, bootstrap_interval, holm, mean_interval
-from .losses import average_rank, rank_ic
+from .losses import rank_ic
 from .panel import AtftError
 from .predictions import daily_ic, dense, load_predictions
 
@@ -132,22 +132,32 @@ def compare(
     return with_holm(pl.DataFrame(rows, schema_overrides=numbers).fill_nan(None))
 
 # %% ../nbs/03b_judge.ipynb #decile_returns
+def _bins(
+    prediction, # [D, N], NaN where there is none
+    bins,
+):              # [D, N] 0 .. bins-1, NaN where there is none
+    "Cut each day at its quantiles as pandas.qcut does: a value is in the first bin whose upper edge it does not exceed, so ties stay together"
+    known = prediction.isfinite()
+    in_order = torch.where(known, prediction, torch.inf).sort(1).values
+    below, gaps = torch.searchsorted(in_order, torch.where(known, prediction, torch.inf)), (known.sum(1, keepdim=True)-1).clamp(min=1)
+    return torch.where(known, ((below*bins+gaps-1)//gaps-1).clamp(min=0), torch.nan)  # the edges lie at multiples of gaps/bins
+
 def decile_returns(
     predictions:pl.DataFrame, # from `load_predictions`
     horizon:int,
     bins:int=10,
-)->pl.DataFrame: # decile 1 .. bins, mean return relative to the day's mean, low, high
-    "Mean forward return of each prediction decile, relative to the day's mean, with 95% intervals over days"
+)->pl.DataFrame: # decile 1 .. bins; mean return relative to the day's mean, low, high; turnover
+    "Mean forward return of each prediction decile, relative to the day's mean, with 95% intervals over days; turnover is the share of its names that were not in it the session before"
     d = dense(predictions, horizon)
     both = d.prediction.isfinite() & d.target.isfinite()
-    prediction, target = torch.where(both, d.prediction, torch.nan), torch.where(both, d.target, torch.nan)
-    rank, n = average_rank(prediction), both.sum(1, keepdim=True)
-    bin_, relative = ((rank-.5)/n*bins).floor().clamp(0, bins-1), target-target.nanmean(1, keepdim=True)
-    rows = []
+    bin_, target = _bins(torch.where(both, d.prediction, torch.nan), bins), torch.where(both, d.target, torch.nan)
+    relative, rows = target-target.nanmean(1, keepdim=True), []
     for b in range(bins):
-        i = mean_interval(torch.where(bin_ == b, relative, torch.nan).nanmean(1).numpy(), horizon)
-        rows.append(dict(decile=b+1, mean=i['mean'], low=i['low'], high=i['high']))
+        i, there = mean_interval(torch.where(bin_ == b, relative, torch.nan).nanmean(1).numpy(), horizon), bin_ == b
+        new = (there[1:] & ~there[:-1]).sum(1).double()/there[1:].sum(1)
+        rows.append(dict(decile=b+1, mean=i['mean'], low=i['low'], high=i['high'], turnover=float(new.nanmean())))
     return pl.DataFrame(rows).fill_nan(None)
+
 
 # %% ../nbs/03b_judge.ipynb #plot_deciles
 def plot_deciles(
