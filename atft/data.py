@@ -198,7 +198,7 @@ def _floats_at(typing, address):
 @njit(nogil=True, cache=True, error_model='numpy')
 def _transpose(addresses, cell, low, high, start, center, scale, clip, out):
     "out[cell[r]-start, f] = value r of the column at addresses[f], centred, scaled and clipped if there is a `scale`; only rows with low <= cell[r] < high"
-    R, F, tile = len(cell), len(addresses), 256
+    R, F, tile = len(cell), len(addresses), 512
     at, used = np.empty(tile, np.int64), np.empty(tile, np.int64)
     for s in range(0, R, tile):
         n, f = 0, 0
@@ -206,13 +206,12 @@ def _transpose(addresses, cell, low, high, start, center, scale, clip, out):
             if low <= cell[r] < high:
                 at[n], used[n] = cell[r]-start, r
                 n += 1
-        while f+8 <= F:
+        while f+4 <= F:
             c0, c1, c2, c3 = _floats_at(addresses[f]), _floats_at(addresses[f+1]), _floats_at(addresses[f+2]), _floats_at(addresses[f+3])
-            c4, c5, c6, c7 = _floats_at(addresses[f+4]), _floats_at(addresses[f+5]), _floats_at(addresses[f+6]), _floats_at(addresses[f+7])
             for i in range(n):
-                r, o = used[i], out[at[i], f:f+8]
-                o[0], o[1], o[2], o[3], o[4], o[5], o[6], o[7] = c0[r], c1[r], c2[r], c3[r], c4[r], c5[r], c6[r], c7[r]
-            f += 8
+                r, o = used[i], out[at[i], f:f+4]
+                o[0], o[1], o[2], o[3] = c0[r], c1[r], c2[r], c3[r]
+            f += 4
         for g in range(f, F):
             c = _floats_at(addresses[g])
             for i in range(n): out[at[i], g] = c[used[i]]
@@ -221,6 +220,21 @@ def _transpose(addresses, cell, low, high, start, center, scale, clip, out):
             for g in range(F):
                 v = (o[g]-center[g])/scale[g]
                 o[g] = min(max(v, -clip), clip) if abs(v) < np.inf else np.float32(np.nan)
+
+@njit(nogil=True, cache=True, error_model='numpy')
+def _cells(days, first, position, code, number, codes, out):
+    "out[r] = the calendar position of row r's day times `codes` plus its code's number; `position` by days since `first`, `number` by the dictionary's index"
+    for r in range(len(out)): out[r] = position[days[r]-first]*codes+number[code[r]]
+
+@njit(nogil=True, cache=True, error_model='numpy')
+def _mark(cell, low, high, start, traded):
+    "Set traded[cell-start] where low <= cell < high; how many rows that were"
+    n = 0
+    for c in cell:
+        if low <= c < high:
+            traded[c-start] = True
+            n += 1
+    return n
 
 _UNSCALED = np.empty(0, np.float32)
 
@@ -249,17 +263,26 @@ class Block:
     traded:torch.Tensor    # [D, C] bool
 
 # %% ../nbs/00_data.ipynb #_rows_of
-def _rows_of(panel, group, columns, codes, threads):
+def _numbers(dictionary, codes, seen):
+    "The panel's numbers of a dictionary's codes; row groups mostly share theirs, so the last answer is kept in `seen`"
+    for one, numbers in seen:
+        if one.equals(dictionary): return numbers
+    numbers = pc.index_in(dictionary, value_set=codes).to_numpy(zero_copy_only=False).astype(np.int64)
+    seen[:] = [(dictionary, numbers)]
+    return numbers
+
+def _rows_of(panel, group, columns, codes, seen, threads):
     "One row group: the cell of each row, calendar position times C plus the code's number, and the columns as float arrays"
     rows = panel.decode(group, [panel.spec.date, panel.spec.code, *columns], threads)
     days = rows[panel.spec.date].combine_chunks().view(pa.int32()).to_numpy()
     calendar = panel.dates.astype('int64')
-    position = np.full(days.max()-days.min()+1, -1)
-    known = (calendar >= days.min()) & (calendar <= days.max())
-    position[calendar[known]-days.min()] = known.nonzero()[0]
+    first, last = int(days.min()), int(days.max())
+    position, known = np.full(last-first+1, -1), (calendar >= first) & (calendar <= last)
+    position[calendar[known]-first] = known.nonzero()[0]
     code = rows[panel.spec.code].combine_chunks()
-    number = pc.index_in(code.dictionary, value_set=codes).to_numpy(zero_copy_only=False)[code.indices.to_numpy()]
-    return position[days-days.min()]*len(codes)+number, {c: rows[c].to_numpy() for c in columns}
+    cell = np.empty(len(days), np.int64)
+    _cells(days, first, position, code.indices.to_numpy(), _numbers(code.dictionary, codes, seen), len(codes), cell)
+    return cell, {c: rows[c].to_numpy() for c in columns}
 
 # %% ../nbs/00_data.ipynb #DayBatch
 class DayBatch:
@@ -320,7 +343,7 @@ class ParquetStockIterableDataset(IterableDataset):
         self.panel, self.lookback, self.return_lookback, self.scaler = panel, lookback, return_lookback, scaler
         self.shuffle, self.seed, self.epoch, self.rank, self.world_size = shuffle, seed, 0, rank, world_size
         self.threads, self.position, self._resume = threads or min(8, os.cpu_count()), 0, 0  # position: days of this epoch that were handed over
-        self._buffers, self._spans, days = _Buffers(), [], np.searchsorted(panel.dates, dates)
+        self._buffers, self._seen, self._spans, days = _Buffers(), [], [], np.searchsorted(panel.dates, dates)
         while len(days):  # by calendar, so that days far apart do not share a block
             self._spans.append(days[days < days[0]+span])
             days = days[len(self._spans[-1]):]
@@ -369,7 +392,7 @@ class _Filling:
         empty=lambda *shape: np.empty(shape, np.float32), # gives the memory
         before=None,      # the `_Filling` of the days just before, whose block holds the history
     ):
-        self.panel, self.scaler, self.days = dataset.panel, dataset.scaler, days
+        self.panel, self.scaler, self.days, self.seen = dataset.panel, dataset.scaler, days, dataset._seen
         spec, C, self.codes = self.panel.spec, len(self.panel.codes), pa.array(self.panel.codes)
         self.first, self.last = int(days.min()), int(days.max())
         self.start, self.start_returns = self.first-dataset.lookback+1, self.first-dataset.return_lookback+1
@@ -391,7 +414,7 @@ class _Filling:
         else:
             spec = self.panel.spec
             columns = [*spec.features, *spec.targets, spec.ret] if g.last >= self.start else [spec.ret]
-            rows = _rows_of(self.panel, g, list(dict.fromkeys(columns)), self.codes, threads=get_worker_info() is None)
+            rows = _rows_of(self.panel, g, list(dict.fromkeys(columns)), self.codes, self.seen, threads=get_worker_info() is None)
         if g.last > self.last: self.kept[g] = rows
         return rows
 
@@ -407,9 +430,7 @@ class _Filling:
         if g.last < self.start: return 0
         put(self.y.reshape(-1, len(spec.targets)), self.start, spec.targets, self.first)
         low, high = put(self.x.reshape(-1, len(spec.features)), self.start, spec.features, self.start, self.scaler)
-        at = cell[(cell >= low) & (cell < high)]-self.start*C
-        self.traded.reshape(-1)[at] = True
-        return len(at)
+        return _mark(cell, low, high, self.start*C, self.traded.reshape(-1))
 
     def complete(self)->Block:
         "Wait for the threads, copy the history, mark what is missing"
