@@ -356,14 +356,16 @@ def open_panel(
     cache:str|Path='runs/cache',      # where converted panels are kept
     columns:dict[str, str]|None=None, # vendor's OHLCV names -> ours
     scale:str='rank',                 # how OHLCV features are compared within a day
+    skip_damaged:bool=False,          # of a panel: leave out damaged shards, as `Panel` does
 )->Panel:
     "Open what is there; convert it first if it is not a panel yet"
     if data is None: return embedded_panel(cache=cache)
     folder = Path(data)
     if not folder.is_dir(): raise AtftError(f'data folder {data} does not exist; check the path')
+    if skip_damaged and not (folder/'panel.json').exists(): raise AtftError(f'skip_damaged: {data} holds bars, without checksums to find damage by; take the damaged shard out of the folder')
     if (folder/'panel.json').exists():
         meta = json.loads((folder/'panel.json').read_text())
-        if 'shards' in meta: return Panel(folder)
+        if 'shards' in meta: return Panel(folder, skip_damaged)
         return adopt_panel(folder, PanelSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in meta.items()}), cache)
     shards = sorted(folder.glob('*.parquet'))
     if not shards: raise AtftError(f'data folder {data} holds no panel.json and no .parquet shards')

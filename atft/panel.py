@@ -231,7 +231,7 @@ class Panel:
         self.shards, self.skipped = [], []
         for s in meta['shards']:
             wrong = _damage(self.root/s['file'], s, thorough=skip_damaged)
-            if wrong and not skip_damaged: raise AtftError(f'shard {self.root/s["file"]} {wrong}; write it again, or open the panel with skip_damaged=True')
+            if wrong and not skip_damaged: raise AtftError(f'shard {self.root/s["file"]} {wrong}; write it again, or leave it out with skip_damaged=True (--skip-damaged)')
             if wrong: self.skipped.append(f'{s["file"]} ({s["first"]} .. {s["last"]}, {s["rows"]:,} rows): {wrong}')
             else: self.shards.append(s)
         if self.skipped:
@@ -296,7 +296,7 @@ def decode(self:Panel,
         rows = _reader(path, self.spec.code, verify=key not in _verified).read_row_group(group.number, columns=columns, use_threads=threads)
     except (OSError, pa.ArrowException) as e:
         raise AtftError(f'shard {path} is damaged in row group {group.number} ({str(e).splitlines()[0]}); write it again, '
-                        'or open the panel with skip_damaged=True') from None
+                        'or leave it out with skip_damaged=True (--skip-damaged)') from None
     _verified.add(key)
     return rows
 

@@ -114,6 +114,7 @@ class RunSpec:
     "Everything that decides a run"
     phase:str = '0-4'                        # which phases to train: 2, 0-4 or 0,2,4; missing earlier ones are trained first
     data:str|None = None                     # folder of a panel or of OHLCV shards; None: the embedded market
+    skip_damaged:bool = False                # leave out damaged shards of a panel, and say which, instead of stopping
     run_dir:str|None = None                  # where checkpoints go; None: runs/NAME-OF-THE-DATA
     resume_checkpoint:str = 'auto'           # auto: best weights of the phase before; none: fresh weights; else the path of a checkpoint
     save_phase_checkpoint:bool = True        # write phase{N}_best.pt and phase{N}_last.pt
@@ -216,7 +217,7 @@ def setup(
 )->Setup:
     "Open the data, split the days, fit the scalers"
     cache = project_root()/'runs/cache'
-    panel = panel or open_panel(spec.data, cache)
+    panel = panel or open_panel(spec.data, cache, skip_damaged=spec.skip_damaged)
     at = lambda share: str(panel.dates[int(share*len(panel.dates))])
     split = split_days(panel.dates, spec.valid or at(.6), spec.test or at(.78), max(panel.spec.horizons) if spec.purge is None else spec.purge,
                        spec.embargo, spec.end, spec.train_days)
@@ -620,7 +621,7 @@ def claim_folder(
     "Write config.json, or refuse a folder that was made with other options"
     path = Path(s.spec.run_dir)/'config.json'
     config = json.loads(json.dumps(dict(run=asdict(s.spec), phases=[asdict(p) for p in override(PHASES, s.spec.overrides)],
-        data=dict(fingerprint=s.panel.fingerprint, source=s.panel.source, panel=repr(s.panel), folder=str(s.panel.folder.resolve())),
+        data=dict(fingerprint=s.panel.fingerprint, source=s.panel.source, panel=repr(s.panel), skipped=s.panel.skipped, folder=str(s.panel.folder.resolve())),
         split={k: [str(v[0]), str(v[-1]), len(v)] for k, v in vars(s.split).items()},
         made={k: v for k, v in provenance('', '', s.spec.seed, 0).items() if k in ('commit', 'versions', 'hardware')})))
     if path.exists():
@@ -648,6 +649,7 @@ def run_phases(
         say = lambda *text: show and ranks.first and print(*text, file=sys.stderr, flush=True)
         say(f'{s.panel}\n{s.split}\nphases to train: {", ".join(map(str, todo))}' + (f' (asked for: {spec.phase})' if todo != wanted else '')
             + (f', by {ranks.world} processes on {s.device.type}' if ranks.world > 1 else ''))
+        for shard in s.panel.skipped: say(f'skipped: shard {shard}')
         for number in todo:
             before, start = run/f'phase{number-1}_best.pt', None
             if spec.resume_checkpoint not in ('auto', 'none') and number == todo[0]: start = load_checkpoint(spec.resume_checkpoint, s)

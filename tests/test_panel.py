@@ -11,6 +11,7 @@ from hypothesis import given, settings, strategies as st
 from atft.data import AtftError, OnlineRobustScaler, Panel, PanelSpec, ParquetStockIterableDataset, adopt_panel, append_shard, write_panel
 from atft.market import open_panel
 from atft.panel import tiny_table
+from atft.phases import RunSpec, check_run, setup
 
 SPEC = PanelSpec(features=('volume_z', 'constant'), horizons=(1, 5))
 TABLE = tiny_table()
@@ -49,10 +50,12 @@ def test_damaged_shards_can_be_skipped_and_are_listed(tmp_path):
     panel = write_panel(two, tmp_path, SPEC)
     bad = panel.root/panel.shards[1]['file']
     raw = bytearray(bad.read_bytes()); raw[200] ^= 1; bad.write_bytes(raw)
-    with pytest.raises(AtftError, match='damaged'): everything(Panel(tmp_path))
+    with pytest.raises(AtftError, match='damaged.*--skip-damaged'): everything(Panel(tmp_path))
     rest = Panel(tmp_path, skip_damaged=True)
     assert len(rest.dates) == 60 and len(rest.skipped) == 1 and bad.name in rest.skipped[0] and f'{len(TABLE)} rows' in rest.skipped[0]
     assert '1 damaged shards skipped' in repr(rest) and len(batches(rest)) == 60
+    kept = setup(check_run(RunSpec(data=str(tmp_path), skip_damaged=True, lookback=5, graph_lookback=5, min_obs=4, purge=2, embargo=1)))
+    assert len(kept.panel.dates) == 60 and kept.split.test[-1] == rest.dates[-1]
 
 def adopt(folder, *tables):
     folder.mkdir()
