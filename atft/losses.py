@@ -76,8 +76,8 @@ def soft_rank_ic(
 def sharpe(
     score:Tensor,  # [B, ..., N]
     target:Tensor, # [B, ..., N]
-)->Tensor:         # [...] mean profit over its risk, not annualised; NaN when no day has enough names
-    "Mean over days of the long-short profit, over its risk across names and days"
+)->Tensor:         # [...] mean daily profit over its risk over √N, not annualised; NaN when no day has enough names
+    "Mean over days of the long-short profit, over its risk across independent names, per √N: of the size of an IC"
     both = score.isfinite() & target.isfinite()
     n = both.sum(-1, keepdim=True)
     known, y = torch.where(both, score, 0), torch.where(both, target, 0)
@@ -86,11 +86,9 @@ def sharpe(
     y = torch.where(both, y-y.sum(-1, keepdim=True)/n.clamp(min=1), 0)
     enough = n.squeeze(-1) >= MIN_NAMES
     days = enough.sum(0).clamp(min=1)
-    profit = (weight*y).sum(-1)*enough
-    mean = profit.sum(0)/days
-    across_names = ((weight*y).square().sum(-1)*enough).sum(0)/days
-    across_days = ((profit-mean).square()*enough).sum(0)/days
-    return torch.where(enough.any(0), mean/(across_names+across_days+1e-12).sqrt(), torch.nan)
+    profit, variance, names = ((v*enough).sum(0)/days for v in ((weight*y).sum(-1), (weight*y).square().sum(-1), n.squeeze(-1)))
+    return torch.where(enough.any(0), profit/((variance+1e-12)*names.clamp(min=1)).sqrt(), torch.nan)
+
 
 # %% ../nbs/02b_losses.ipynb #mean_known
 def mean_known(
