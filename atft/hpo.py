@@ -267,14 +267,15 @@ def write_summary(
     minutes = sum((t.datetime_complete-t.datetime_start).total_seconds() for t in done if t.datetime_complete)/60
     at = lambda split: judged.filter((pl.col('split') == split) & (pl.col('horizon') == search.horizon)).row(0, named=True)
     v, t = at('valid'), at('test')
-    days = 'day' if search.horizon == 1 else 'days'
+    days, at_work = 'day' if search.horizon == 1 else 'days', len(study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
     kept = ' '.join(f'--{k.replace("_", "-")} {" ".join(map(str, x)) if isinstance(x, tuple) else x}' for k, x in (('hidden', spec.hidden), ('dropout', f'{spec.dropout:.3g}'), ('fan_windows', spec.fan_windows), ('san_slices', spec.san_slices), ('k', spec.k), ('threshold', f'{spec.threshold:.3g}')))
     figures = {n: save_figure(f, report, n) for n, f in _figures(study).items()}
     return write_text(report, ['# Search over the phase table', f'- The best of {len(done)} trials ({", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states))}) has a validation rank IC of {with_interval(v["rank_ic"], v["low"], v["high"])} at {search.horizon} {days}; chosen as the largest, it is too high.',
         f'- On the test days, which no trial saw, it has {with_interval(t["rank_ic"], t["low"], t["high"])}; widened for {len(done)} trials [{t["low_all"]:+.4f}, {t["high_all"]:+.4f}].' if t['low'] is not None else '- The test days are too few for an interval.',
-        f'- The ledger of the study has {Ledger(search.run.run_dir).count("trial")} trials and {Ledger(search.run.run_dir).count("test")} look(s) at the test days.',
+        f'- The ledger of the study has {Ledger(search.run.run_dir).count("trial")} trials and {Ledger(search.run.run_dir).count("test")} look(s) at the test days.'
+        + (f' {at_work} more still at work in other processes: run the command again when they have ended.' if at_work else ''),
         provenance_table(provenance(command, f'{panel}; {panel.source}', search.run.seed, minutes)),
-        f'Every trial trains phases {search.run.phase} with at most {search.run.max_epochs} epochs each; pruned by the median, sampled by TPE.',
+        f'Every trial trains phase {search.run.phase} with at most {search.run.max_epochs} epoch{"s" if search.run.max_epochs != 1 else ""} each; pruned by the median, sampled by TPE.',
         '## The line it suggests', 'The winner as a run:', f'```bash\npython -m atft.phases --phase {spec.phase} --max-epochs {spec.max_epochs} {kept} --overrides "{spec.overrides}"\n```',
         table(['value', 'found', 'in the table'], [[k, f'{x:.4g}' if isinstance(x, float) else x, dict(lr_factor=1., weight_decay=PHASES[0].weight_decay, hidden=RunSpec.hidden, dropout=RunSpec.dropout, fan_windows=' '.join(map(str, RunSpec.fan_windows)), san_slices=RunSpec.san_slices, k=RunSpec.k, threshold=RunSpec.threshold).get(k, 'by phase')] for k, x in study.best_trial.params.items()]),
         '## How it went', *figures.values(), '## Every horizon of the winner',
