@@ -4,12 +4,13 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from atft.data import PanelSpec, ParquetStockIterableDataset, write_panel
-from atft.eval import effect, evaluate, load_run, rank_ic, step_differences, verdict
+from atft.data import AtftError, PanelSpec, ParquetStockIterableDataset, write_panel
+from atft.eval import backtest, compare, decay, effect, evaluate, load_run, rank_ic, step_differences, verdict
 from atft.intervals import mean_interval
 from atft.market import MarketSpec, assert_causal, embedded_panel, ohlcv_features, panel_from_ohlcv, synthetic_market
 from atft.network import PARTS
 from atft.phases import RunSpec, load_checkpoint, predict, run_phases, setup
+from atft.predictions import example_predictions
 
 SMALL = RunSpec(phase='0', max_epochs=1, hidden=8, lookback=10, embargo=5)
 
@@ -126,3 +127,26 @@ def test_the_purge_and_the_embargo_stand_between_training_and_judging(small_mark
     for before, after in ((s.split.train, s.split.valid), (s.split.valid, s.split.test)):
         assert at(after[0])-at(before[-1])-1 == longest+7
         assert at(before[-1])+longest < at(after[0])
+
+DEGENERATE = dict(
+    constant=lambda t: t.with_columns(prediction=pl.lit(1.)),
+    full_of_gaps=lambda t: t.with_columns(prediction=pl.lit(None, pl.Float64)),
+    two_codes=lambda t: t.filter(pl.col('code').is_in(['S000', 'S001'])),
+    single_day=lambda t: t.filter(pl.col('date') == t['date'].max()),
+    no_labels=lambda t: t.with_columns(target=pl.lit(float('nan'))),
+    infinite=lambda t: t.with_columns(prediction=pl.lit(float('inf'))))
+
+@pytest.mark.parametrize('kind', DEGENERATE)
+def test_a_degenerate_table_gets_a_statement_and_no_bare_number(kind):
+    table = DEGENERATE[kind](example_predictions(codes=30, days=120))
+    for r in evaluate(table, draws=100).iter_rows(named=True):
+        assert r['note'] and (r['low'] is None) == (r['high'] is None)
+        assert r['low'] is None or kind == 'constant' and r['low'] == r['rank_ic'] == r['high'] == 0, r
+    for r in decay(table).iter_rows(named=True): assert r['low'] is None or r['low'] <= r['rank_ic'] <= r['high']
+    if kind in ('full_of_gaps', 'infinite'):
+        with pytest.raises(AtftError, match='no row is predicted by both a and b'): compare(table, table)
+    else:
+        for r in compare(table, table).iter_rows(named=True): assert r['low'] is None or r['low'] == r['difference'] == r['high'] == 0
+    if kind in ('constant', 'two_codes'):
+        traded = backtest(table)
+        assert (traded['value'] > 0).all() and (kind != 'constant' or traded['turnover'].sum() == 0)
