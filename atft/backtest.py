@@ -15,7 +15,6 @@ import torch
 from tqdm import tqdm
 
 from .intervals import bootstrap_interval
-from .losses import average_rank
 from .panel import AtftError
 from .predictions import dense, load_predictions
 
@@ -43,21 +42,35 @@ class Trading:
         if self.top is not None and self.top < 1: raise AtftError(f'backtest: top={self.top} must be at least 1')
 
 # %% ../nbs/03c_backtest.ipynb #target_weights
+def _ends(
+    x,    # [D, N], NaN where there is none
+    n,    # [D, 1] how many there are
+    size, # [D, 1] names on each side
+):        # two masks [D, N]: average rank above n-size, and at most size
+    "The best and the worst names; names that tie across the border are in or out together, by their average rank"
+    in_order = np.sort(x, 1)
+    def border(place):
+        v = np.take_along_axis(in_order, place.clip(0, x.shape[1]-1), 1)
+        return v, ((x < v).sum(1, keepdims=True)+1+(x <= v).sum(1, keepdims=True))/2
+    (high, at_high), (low, at_low) = border(n-size-1), border(size)
+    return (x > high) | (x == high) & (at_high > n-size), (x < low) | (x == low) & (at_low <= size)
+
 def target_weights(
     prediction:torch.Tensor, # [D, N], NaN where there is none
     trading:Trading,
     horizon:int=1,
 )->torch.Tensor:             # [D, N]; absolute weights of a day add up to 1 at most
     "Equal weights on the best (and worst) names, mean of the last `horizon` choices"
-    n = prediction.isfinite().sum(1, keepdim=True)
-    place = average_rank(prediction)
-    size = (trading.share*n).floor() if trading.top is None else torch.full_like(n, trading.top).minimum(n//2)
-    top, bottom = (place > n-size).double(), (place <= size).double()
-    each = lambda w: w/w.sum(1, keepdim=True).clamp(min=1)
+    x = prediction.numpy()
+    n = np.isfinite(x).sum(1, keepdims=True)
+    size = np.floor(trading.share*n).astype(int) if trading.top is None else np.minimum(trading.top, n//2)
+    top, bottom = (side.astype(float) for side in _ends(x, n, size))
+    each = lambda w: w/w.sum(1, keepdims=True).clip(min=1)
     weights = each(top) if trading.side == 'long' else (each(top)-each(bottom))/2
-    weights = torch.where((top.sum(1, keepdim=True) > 0) & (bottom.sum(1, keepdim=True) > 0), weights, 0.)  # all the same: no order, no position
-    chosen = torch.cat([torch.zeros(horizon-1, weights.shape[1], dtype=torch.float64), weights])
-    return chosen.unfold(0, horizon, 1).mean(-1).clamp(-trading.cap, trading.cap)
+    weights = torch.from_numpy(np.where((top.sum(1, keepdims=True) > 0) & (bottom.sum(1, keepdims=True) > 0), weights, 0.))  # all the same: no order, no position
+    if horizon > 1: weights = torch.cat([torch.zeros(horizon-1, weights.shape[1], dtype=torch.float64), weights]).unfold(0, horizon, 1).mean(-1)
+    return weights.clamp(-trading.cap, trading.cap)
+
 
 # %% ../nbs/03c_backtest.ipynb #_Market
 class _Market(NamedTuple):
