@@ -209,8 +209,9 @@ def winner(
     study:optuna.Study,
 )->RunSpec: # as it was trained, in its folder
     "The run of the best trial"
-    best = study.best_trial
-    return check_run(apply_values(replace(search.run, run_dir=str(Path(search.run.run_dir)/f'trial-{best.user_attrs["folder"]:04d}'), predict_test=False), best.params))
+    folder = Path(search.run.run_dir)/f'trial-{study.best_trial.user_attrs["folder"]:04d}'
+    run = json.loads((folder/'config.json').read_text())['run']  # the phase table may have changed since
+    return check_run(RunSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in run.items()} | dict(run_dir=str(folder), data=search.run.data)))
 
 def judge_winner(
     search:Search,
