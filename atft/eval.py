@@ -297,7 +297,7 @@ def _about(configs):
 def _facts(run_dir, name, result):
     "Provenance of the training, as its folder tells it; so that the same run gives the same bytes"
     config = result.configs[0]
-    command = f'papermill nbs/04_eval.ipynb -p run_dir {",".join("runs/"+Path(r).name for r in str(run_dir).split(","))}' + (f' -p name {name}' if name != 'evaluation' else '')
+    command = f'papermill nbs/04_eval.ipynb -p run_dir {",".join("runs/"+Path(r).name if Path(r).is_absolute() else r for r in str(run_dir).split(","))}' + (f' -p name {name}' if name != 'evaluation' else '')
     facts = provenance(command, f'{config["data"]["panel"]}; {config["data"]["source"]}', config['run']['seed'], result.minutes)
     return facts | config.get('made', {})
 
