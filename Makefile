@@ -45,8 +45,8 @@ ABLATION := -p codes 100 -p days 600 -p base_epochs 4 -p epochs 3 -p chain_epoch
 ablation: env ## what each part of the network adds on generated markets; an hour or more, continues where it stopped; writes reports/fan_san_YYYYMMDD.md
 	$(BIN)/papermill nbs/07_ablation.ipynb -p markets peers,periodic,shift,all,none -p seeds 0,1,2,3,4 -p branches "graph,fan,fan + levels,san,levels,RevIN,LayerNorm" -p chain_seeds 0,1,2,3,4 $(ABLATION)
 
-kills: env ## kill a run 20 times, its saving 500 times and a search 10 times, fill the disk 20 times, race for 60 seconds
-	$(BIN)/python -m pytest -q tests/test_resume.py tests/test_panel.py tests/test_hpo.py --durations 12 --kills 20 --race-seconds 60
+kills: env ## kill a run 20 times, its saving 500 times and a search 10 times, fill the disk 20 times, race for 60 seconds; writes reports/kills_YYYYMMDD.md
+	$(BIN)/python -m pytest -q tests/test_resume.py tests/test_panel.py tests/test_hpo.py --durations 12 --kills 20 --race-seconds 60 --kills-report reports
 
 lab: env ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab nbs

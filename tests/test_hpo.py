@@ -23,9 +23,9 @@ def complete(process):
     text = process.communicate(timeout=300)[1]
     assert process.returncode == 0, text[-2000:]
 
-def test_kills_leave_a_study_that_ends_with_exactly_the_trials_asked_for(small_market, tmp_path, request):
+def test_kills_leave_a_study_that_ends_with_exactly_the_trials_asked_for(small_market, tmp_path, request, record_property):
     kills, rng, folder = max(1, int(request.config.getoption('--kills'))//2), random.Random(0), tmp_path/'study'
-    trials = 2*kills+1
+    trials = max(2*kills, 3)
     for n in range(kills):
         process = work(small_market, folder, trials)
         patience = time.monotonic()+60
@@ -40,6 +40,8 @@ def test_kills_leave_a_study_that_ends_with_exactly_the_trials_asked_for(small_m
     states = [t.state for t in study.trials]
     assert len(finished_trials(study)) == trials and TrialState.RUNNING not in states and TrialState.WAITING not in states, states
     assert Ledger(folder).count('trial') == trials
+    record_property('kills', kills)
+    record_property('trials asked for and finished', trials)
     for t in folder.glob('trial-*/phase0_predictions.parquet'): assert set(pl.read_parquet(t)['split']) == {'valid'}
 
 def test_two_processes_share_a_study(small_market, tmp_path):

@@ -28,7 +28,7 @@ def same_bits(a, b):
         strip = lambda m: {k: v for k, v in m.items() if k not in ('minutes', 'epochs')} | dict(epochs=[{k: v for k, v in e.items() if k not in ('seconds', 'peak_memory')} for e in m['epochs']])
         assert strip(json.loads((a/f'phase{n}_metrics.json').read_text())) == strip(json.loads((b/f'phase{n}_metrics.json').read_text()))
 
-def test_kill_9_at_random_moments_then_the_same_command_gives_the_same_bits(small_market, straight, tmp_path, request):
+def test_kill_9_at_random_moments_then_the_same_command_gives_the_same_bits(small_market, straight, tmp_path, request, record_property):
     rng, run, died = random.Random(0), tmp_path/'killed', 0
     for _ in range(kills(request)):
         process = subprocess.Popen(command(small_market, run), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -38,20 +38,22 @@ def test_kill_9_at_random_moments_then_the_same_command_gives_the_same_bits(smal
         time.sleep(rng.uniform(0, 1.5))
         process.send_signal(signal.SIGKILL)
         died += process.wait() == -signal.SIGKILL
+    record_property('killed with signal 9', died)
     assert died >= min(2, kills(request))
     done = subprocess.run(command(small_market, run), check=True, capture_output=True, text=True)
     assert 'did not end in order; continuing' in done.stderr or died < kills(request)
     same_bits(straight, run)
 
-def test_sigterm_saves_and_says_how_to_go_on(small_market, straight, tmp_path):
+def test_sigterm_saves_and_says_how_to_go_on(small_market, straight, tmp_path, record_property):
     run = tmp_path/'stopped'
     process = subprocess.Popen(command(small_market, run, '--save-minutes', '60'), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while not (run/'config.json').exists(): time.sleep(.01)
     time.sleep(1.)
     process.send_signal(signal.SIGTERM)
     start = time.monotonic()
-    text = process.communicate(timeout=60)[1]
-    assert process.returncode == 143 and time.monotonic()-start < 10, (process.returncode, text)
+    text, took = process.communicate(timeout=60)[1], time.monotonic()-start
+    record_property('seconds from SIGTERM to the end', f'{took:.1f}')
+    assert process.returncode == 143 and took < 10, (process.returncode, text)
     assert 'stopped as asked' in text and 'the same command continues there' in text and 'Traceback' not in text
     subprocess.run(command(small_market, run), check=True, capture_output=True)
     same_bits(straight, run)
@@ -87,13 +89,15 @@ for _ in range(kills):
     step = state["step"]+1
 print(kills, landed)
 '''
-def test_a_kill_while_saving_leaves_a_checkpoint_that_loads(tmp_path, request):
+def test_a_kill_while_saving_leaves_a_checkpoint_that_loads(tmp_path, request, record_property):
     result = subprocess.run([sys.executable, '-c', SAVER, str(tmp_path/'a.pt'), str(25*kills(request))], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     done, landed = map(int, result.stdout.split())
+    record_property('killed while saving, each then read whole', done)
+    record_property('of these after at least one more whole save', landed)
     assert done == 25*kills(request) and landed > done/4, 'the kills came before anything was saved'
 
-def test_a_disk_that_fills_leaves_the_old_checkpoint(tmp_path, request):
+def test_a_disk_that_fills_leaves_the_old_checkpoint(tmp_path, request, record_property):
     path, rng = tmp_path/'a.pt', random.Random(2)
     save_state(path, dict(version=2, step=0, w=torch.zeros(100_000)))
     size, limits = path.stat().st_size, resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -104,6 +108,7 @@ def test_a_disk_that_fills_leaves_the_old_checkpoint(tmp_path, request):
             with pytest.raises(AtftError, match='cannot write .*a.*nothing was left behind'): save_state(path, dict(version=2, step=1, w=torch.ones(100_000)))
         finally: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert load_state(path, 2, fall_back=True)['step'] == 0 and not list(tmp_path.glob('.*'))
+    record_property('disk budgets, each leaving the old file whole', kills(request))
 
 def torchrun(small_market, run, *more): return [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '-m', *command(small_market, run, '--device', 'cpu', *more)[2:]]
 
