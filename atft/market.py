@@ -33,6 +33,8 @@ class MarketSpec:
     peers:float = .20                      # return per unit of the peers' mean return of the day before
     periodic:float = .16                   # strength of the signal under the cycles
     shift:float = .16                      # strength of the signal under the shifts
+    cycle_days:float = 60                  # sessions that a cycle keeps its period, on average; the longer, the better a window shows it
+    regime_days:float = 20                 # sessions that a level and scale stay, on average
     volatility:float = .02                 # daily volatility of the noise, of which part is common to market and cluster
     horizons:tuple[int, ...] = (1, 5, 10, 20) # trading days
     seed:int = 0
@@ -40,6 +42,7 @@ class MarketSpec:
     def __post_init__(self):
         unknown = set(self.effects)-set(EFFECTS)
         if unknown: raise AtftError(f'MarketSpec: no effect {sorted(unknown)[0]!r}; there are {", ".join(EFFECTS)}')
+        if min(self.cycle_days, self.regime_days) < 1: raise AtftError(f'MarketSpec: cycle_days={self.cycle_days} and regime_days={self.regime_days} must be at least 1')
 
 # %% ../nbs/00a_market.ipynb #moving_average
 DECAY = dict(own=.8, periodic=.5, shift=.5) # φ of each signal: the share that is left after a day
@@ -59,9 +62,10 @@ def drifting_cycle(
     rng:np.random.Generator,
     days:int,  # D
     codes:int, # N
+    stay:float=60, # sessions until it moves, on average
 )->np.ndarray: # [D, N]
-    "A sine per code: a harmonic of 20 sessions that moves to its neighbour every few months, its amplitude wandering around 3"
-    step = rng.choice([-1, 1], (days, codes))*(rng.random((days, codes)) < 1/60)
+    "A sine per code: a harmonic of 20 sessions that moves to its neighbour now and then, its amplitude wandering around 3"
+    step = rng.choice([-1, 1], (days, codes))*(rng.random((days, codes)) < 1/stay)
     harmonic = np.zeros((days, codes), int)
     harmonic[0] = rng.integers(2, 9, codes)
     for t in range(1, days): harmonic[t] = np.clip(harmonic[t-1]+step[t], 2, 8)
@@ -73,9 +77,10 @@ def regimes(
     rng:np.random.Generator,
     days:int, # D
     codes:int, # N
+    stay:float=20, # sessions until they jump, on average
 )->tuple[np.ndarray, np.ndarray]: # level [D, N], scale [D, N]
-    "Level and scale that stay for about 20 days and then jump"
-    number = np.cumsum(rng.random((days, codes)) < 1/20, 0)
+    "Level and scale that stay for a while and then jump"
+    number = np.cumsum(rng.random((days, codes)) < 1/stay, 0)
     level, scale = rng.normal(0, 6, (days, codes)), np.exp(rng.normal(0, 1, (days, codes)))
     pick = lambda values: np.take_along_axis(values, number, 0)
     return pick(level), pick(scale)
@@ -166,7 +171,7 @@ def _returns(spec, rng, cluster):
     "Draw the signals' features [D, N] and the log returns they cause"
     D, N = spec.days, spec.codes
     white = {e: rng.normal(size=(D, N)) for e in DECAY}
-    cycle, (level, scale) = drifting_cycle(rng, D, N), regimes(rng, D, N)
+    cycle, (level, scale) = drifting_cycle(rng, D, N, spec.cycle_days), regimes(rng, D, N, spec.regime_days)
     noise, volatility = common_noise(rng, spec, cluster)
     signals = {e: (e in spec.effects)*getattr(spec, e)*spec.volatility*moving_average(white[e], DECAY[e]) for e in DECAY}
     peers = spec.peers if 'peers' in spec.effects else 0
