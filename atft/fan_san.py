@@ -165,19 +165,21 @@ def _rows(t, like): # [N, L C] as numpy shares it; of width 0 for None
 def _sum(parts, like): return torch.from_numpy(np.sum(parts, 0).astype(np.float32)) if parts else torch.zeros_like(like)
 
 @lru_cache
-def _plan(windows, k, length, min_obs, eps):
+def _plans(windows, length, min_obs, eps):
     "What the compiled FAN needs to know besides tensors"
-    Q = fourier_rows(length) if k else np.empty((0, length))
     plan, at = doubling_plan(windows)
-    return np.array(windows, np.int64), at, plan, min(k, length//2), Q.astype(np.float32), np.ascontiguousarray(Q.T, np.float32), bin_weights(length).astype(np.float32), min_obs, np.float32(eps)
+    rolling, rest, Q = (np.array(windows, np.int64), at, plan), (min_obs, np.float32(eps)), fourier_rows(length).astype(np.float32)
+    QT = np.ascontiguousarray(Q.T)
+    return (*rolling, Q, QT, bin_weights(length).astype(np.float32), *rest), (*rolling, QT, *rest)  # on the way there, on the way back
 
 class _CompiledFAN(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weights, gate, windows, k, min_obs, eps):
         ctx.save_for_backward(x, weights, gate)
-        ctx.plan, y = _plan(windows, k, x.shape[1], min_obs, eps), torch.empty(x.shape)
+        (there, ctx.back), y = _plans(windows, x.shape[1], min_obs, eps), torch.empty(x.shape)
+        ctx.chosen = np.empty((len(x), min(k, x.shape[1]//2), x.shape[2]), np.uint32)
         X, Y, a, g = _rows(x, x), _rows(y, x), weights.detach().numpy(), gate.detach().numpy()
-        _in_chunks(len(x), lambda c: fan_forward(X[c], a, g, *ctx.plan, Y[c]))
+        _in_chunks(len(x), lambda c: fan_forward(X[c], a, g, *there, ctx.chosen[c], Y[c]))
         return y
 
     @staticmethod
@@ -187,7 +189,7 @@ class _CompiledFAN(torch.autograd.Function):
         (X, G, GX), a, g = (_rows(t, x) for t in (x, gy, gx)), weights.detach().numpy(), gate.detach().numpy()
         def work(c):
             ga, gg = np.zeros(a.shape), np.zeros(g.shape)
-            fan_backward(X[c], G[c], a, g, *ctx.plan, GX[c], ga, gg)
+            fan_backward(X[c], G[c], a, g, *ctx.back, ctx.chosen[c], GX[c], ga, gg)
             return ga, gg
         parts = _in_chunks(len(x), work)
         return gx, _sum([p for p, _ in parts], weights), _sum([p for _, p in parts], gate), None, None, None, None

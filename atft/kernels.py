@@ -117,43 +117,46 @@ def _centre(z, mask, C):
         for c in range(C): row[c] = (row[c]-total[c])*m[c]
 
 @_compiled
-def _strongest(X, k, weights, amplitude, kept):
-    "kept [L//2, C]: 1 for the k bins of largest amplitude in the spectrum X [2 (L//2), C], else 0"
-    half, C = kept.shape
-    top = np.empty(C, np.float32)
+def _strongest(X, weights, amplitude, top, chosen):
+    "chosen [k, C]: the bins of largest amplitude in the spectrum X [2 (L//2), C], the largest first"
+    half, C = amplitude.shape
     for f in range(half):
         a, re, im, weight = amplitude[f], X[f], X[half+f], weights[f]
         for c in range(C): a[c] = (re[c]*re[c]+im[c]*im[c])*weight
-    kept[:] = ZERO
-    for _ in range(min(k, half)):
-        top[:] = -ONE
+    for j in range(len(chosen)):
+        best = chosen[j]
+        top[:], best[:] = -ONE, 0
         for f in range(half):
-            a = amplitude[f]
+            a, bin = amplitude[f], np.uint32(f)
+            for c in range(C): best[c] = bin if a[c] > top[c] else best[c]
             for c in range(C): top[c] = max(top[c], a[c])
-        for f in range(half):
-            a, b = amplitude[f], kept[f]
-            for c in range(C): b[c] = ONE if a[c] == top[c] else b[c]
-            for c in range(C): a[c] = -ONE if a[c] == top[c] else a[c]
+        for c in range(C): amplitude[best[c], c] = -ONE
 
 @_compiled
-def _take_away(z, Q, QT, X, kept, out):
-    "out [L C] = z - Q'(kept Q z), with X = Q z already there"
-    half, C = kept.shape
-    for f in range(len(X)):
-        a, b = X[f], kept[f % half]
-        for c in range(C): a[c] *= b[c]
-    np.dot(QT, X, out.reshape(len(QT), C))
-    for j in range(len(z)): out[j] = z[j]-out[j]
+def _waves(QT, chosen, wave):
+    "wave [k, 2, L C]: the cosine and the sine of each channel's chosen bins"
+    C, half = chosen.shape[1], QT.shape[1]//2
+    for j in range(len(chosen)):
+        f = chosen[j]
+        for t in range(len(QT)):
+            a, b, cosine, sine = wave[j, 0, t*C:(t+1)*C], wave[j, 1, t*C:(t+1)*C], QT[t, :half], QT[t, half:]
+            for c in range(C): a[c] = cosine[f[c]]
+            for c in range(C): b[c] = sine[f[c]]
 
 @_compiled
-def _residual(shifted, mask, Q, QT, k, weights, X, amplitude, kept, z, out):
-    "out [L C]: the window without its mean and k strongest frequencies; z is room for the centred window"
-    C = kept.shape[1]
-    z[:] = shifted
-    _centre(z, mask, C)
-    np.dot(Q, z.reshape(len(QT), C), X)
-    _strongest(X, k, weights, amplitude, kept)
-    _take_away(z, Q, QT, X, kept, out)
+def _take_away(z, wave, C, out):
+    "out [L C] = z without its part along each wave: two sums over the window instead of a product with all of Q"
+    total = np.empty(C, np.float32)
+    out[:] = z
+    for part in range(2*len(wave)):
+        w = wave[part//2, part % 2]
+        total[:] = ZERO
+        for t in range(len(z)//C):
+            a, b = w[t*C:(t+1)*C], z[t*C:(t+1)*C]
+            for c in range(C): total[c] += a[c]*b[c]
+        for t in range(len(z)//C):
+            a, b = w[t*C:(t+1)*C], out[t*C:(t+1)*C]
+            for c in range(C): b[c] -= a[c]*total[c]
 
 # %% ../nbs/01a_kernels.ipynb #_shares
 @_compiled
@@ -216,36 +219,46 @@ def _blend(windows, at, a, residual, usable, shifted, whole, sums, min_obs, eps,
     for j in range(size): blend[j] *= inverse[j]
 
 @_compiled
-def fan_forward(x, weights, gate, windows, at, plan, k, Q, QT, bin_weight, min_obs, eps, y):
-    "y [N, L C] from x [N, L C], weights [W or W+1, C] and gate [C]; k frequencies with Q [2 (L//2), L], k = 0: no Fourier residual"
+def fan_forward(x, weights, gate, windows, at, plan, Q, QT, bin_weight, min_obs, eps, chosen, y):
+    "y [N, L C] from x [N, L C], weights [W or W+1, C] and gate [C]; fills chosen [N, k, C], the bins taken away; k = 0: no Fourier residual"
     N, size = x.shape
-    C, W, P = len(gate), len(windows), len(plan)
+    C, W, P, k, half = len(gate), len(windows), len(plan), chosen.shape[1], len(Q)//2
     room, sums, gaps = np.empty((8, size), np.float32), np.empty((3, P, size), np.float32), np.empty((2, W, size), np.float32)
     value, shifted, mask, blend, inverse, usable, z, residual = room[0], room[1], room[2], room[3], room[4], room[5], room[6], room[7] if k else room[7, :0]
-    X, bins = np.empty((len(Q), C), np.float32), np.empty((2, len(Q)//2, C), np.float32)
+    X, amplitude, top, wave = np.empty((2*half, C), np.float32), np.empty((half, C), np.float32), np.empty(C, np.float32), np.empty((k, 2, size), np.float32)
     a, gates, n_whole, e_whole = _spread(windows, weights, gate, min_obs, size)
     for i in range(N):
         whole, out = _start(x[i], C, value, shifted, mask, sums, plan, usable, eps), y[i]
-        if k: _residual(shifted, mask, Q, QT, k, bin_weight, X, bins[0], bins[1], z, residual)
+        if k:
+            z[:] = shifted
+            _centre(z, mask, C)
+            np.dot(Q, z.reshape(len(QT), C), X)
+            _strongest(X, bin_weight, amplitude, top, chosen[i])
+            _waves(QT, chosen[i], wave)
+            _take_away(z, wave, C, residual)
         _blend(windows, at, a, residual, usable, shifted, whole, sums, min_obs, eps, n_whole if whole else gaps[0], e_whole if whole else gaps[1], blend, inverse)
         for j in range(size): out[j] = value[j]+gates[j]*((blend[j]-value[j])*mask[j])
 
 # %% ../nbs/01a_kernels.ipynb #fan_backward
 @_compiled
-def fan_backward(x, g, weights, gate, windows, at, plan, k, Q, QT, bin_weight, min_obs, eps, gx, gweights, ggate):
+def fan_backward(x, g, weights, gate, windows, at, plan, QT, min_obs, eps, chosen, gx, gweights, ggate):
     "Gradients for g [N, L C]; gx of width 0 is not wanted; gweights and ggate (float64) are added to"
     N, size = x.shape
-    C, W, P = len(gate), len(windows), len(plan)
+    C, W, P, k = len(gate), len(windows), len(plan), chosen.shape[1]
     room, sums, gaps = np.empty((13, size), np.float32), np.empty((3, P, size), np.float32), np.empty((2, W, size), np.float32)
     value, shifted, mask, blend, inverse, usable, z, residual = room[0], room[1], room[2], room[3], room[4], room[5], room[6], room[7] if k else room[7, :0]
     G, direct, r, f, gd = room[8], room[9], room[10], room[11], room[12]
-    X, bins = np.empty((len(Q), C), np.float32), np.empty((2, len(Q)//2, C), np.float32)
+    wave = np.empty((k, 2, size), np.float32)
     a, gates, n_whole, e_whole = _spread(windows, weights, gate, min_obs, size)
     wanted, grads = gx.shape[1] > 0, np.empty((2, P, size), np.float32)
     all_weights, all_gate = np.zeros((len(weights), size), np.float32), np.zeros(size, np.float32)  # by step: added up at the end
     for i in range(N):
         whole, up = _start(x[i], C, value, shifted, mask, sums, plan, usable, eps), g[i]
-        if k: _residual(shifted, mask, Q, QT, k, bin_weight, X, bins[0], bins[1], z, residual)
+        if k:
+            z[:] = shifted
+            _centre(z, mask, C)
+            _waves(QT, chosen[i], wave)
+            _take_away(z, wave, C, residual)
         n_all, e_all = n_whole if whole else gaps[0], e_whole if whole else gaps[1]
         _blend(windows, at, a, residual, usable, shifted, whole, sums, min_obs, eps, n_all, e_all, blend, inverse)
         for j in range(size): all_gate[j] += up[j]*mask[j]*(blend[j]-value[j])
@@ -256,8 +269,7 @@ def fan_backward(x, g, weights, gate, windows, at, plan, k, Q, QT, bin_weight, m
             for j in range(size): ga[j] += usable[j]*(residual[j]-blend[j])*G[j]
             if wanted:
                 for j in range(size): z[j] = G[j]*e[j]*usable[j]
-                np.dot(Q, z.reshape(len(QT), C), X)
-                _take_away(z, Q, QT, X, bins[1], direct)
+                _take_away(z, wave, C, direct)
                 for j in range(size): direct[j] *= mask[j]
                 _centre(direct, mask, C)
         for w in range(W):
