@@ -85,17 +85,21 @@ FLAT = 1e-5  # share of a code's variance below which it is constant on the comm
 def _keep_strongest(r, scale, threshold, neighbour, value):
     "Of the row r [N] the k largest scale |r| at or above the threshold, in no order: their positions and signed values; positions beyond those found are -1"
     k, found, weakest, least = len(neighbour), 0, 0, np.nextafter(threshold, np.float32(0))
-    for j in range(len(r)):
-        v = abs(r[j])*scale
-        if v <= least: continue  # one comparison, which hardly ever surprises the processor
-        at = found if found < k else weakest
-        neighbour[at], value[at] = j, min(v, np.float32(1)) if r[j] > 0 else -min(v, np.float32(1))
-        found = min(found+1, k)
-        if found == k:
-            weakest = 0
-            for i in range(1, k):
-                if abs(value[i]) < abs(value[weakest]): weakest = i
-            least = abs(value[weakest])
+    for first in range(0, len(r), 64):
+        some, last = False, min(first+64, len(r))
+        for j in range(first, last): some |= abs(r[j])*scale > least  # in vector instructions, and hardly ever true
+        if not some: continue
+        for j in range(first, last):
+            v = abs(r[j])*scale
+            if v <= least: continue
+            at = found if found < k else weakest
+            neighbour[at], value[at] = j, min(v, np.float32(1)) if r[j] > 0 else -min(v, np.float32(1))
+            found = min(found+1, k)
+            if found == k:
+                weakest = 0
+                for i in range(1, k):
+                    if abs(value[i]) < abs(value[weakest]): weakest = i
+                least = abs(value[weakest])
     neighbour[found:] = -1
 
 # %% ../nbs/01_graph.ipynb #one_thread_each
@@ -182,10 +186,10 @@ def _choose(product, first, c, min_obs, scale, threshold, neighbour, value):
     "For codes first, first+1, ... with rows of the product [m, n]: their k strongest neighbours [m, k], -1 where there are fewer, and the signed correlations"
     room, r = np.empty((6, _TILE), np.float32), np.empty(product.shape[1], np.float32)
     for i in range(len(product)):
-        if not len(c.day): r[:] = product[i]
-        else: _correct(product[i], first+i, c, min_obs, room, r)
-        r[first+i] = 0
-        _keep_strongest(r, scale, threshold, neighbour[i], value[i])
+        row = product[i] if not len(c.day) else r
+        if len(c.day): _correct(product[i], first+i, c, min_obs, room, r)
+        row[first+i] = 0
+        _keep_strongest(row, scale, threshold, neighbour[i], value[i])
 
 # %% ../nbs/01_graph.ipynb #_strongest-2
 def _strongest(codes, spec, block):
