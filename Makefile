@@ -1,6 +1,6 @@
 # The two commands: `make run` and `make test`. Each makes its own environment if there is none.
 .DEFAULT_GOAL := help
-.PHONY: help run test report hpo-run bench ablation kills lab docs export env
+.PHONY: help run test report hpo-run bench ablation chains kills lab docs export env
 SHELL := /bin/bash
 BIN := .venv/bin
 EPOCHS ?= 3
@@ -44,6 +44,11 @@ bench: env ## measure every speed claim beside its peers, a few minutes; writes 
 ABLATION := -p codes 100 -p days 600 -p base_epochs 4 -p epochs 3 -p chain_epochs 5 -p hidden 16 -p run_dir runs/ablation -p report_dir reports
 ablation: env ## what each part of the network adds on generated markets; an hour or more, continues where it stopped; writes reports/fan_san_YYYYMMDD.md
 	$(BIN)/papermill nbs/07_ablation.ipynb -p markets peers,periodic,shift,all,none -p seeds 0,1,2,3,4 -p branches "graph,fan,fan + levels,san,levels,RevIN,LayerNorm" -p chain_seeds 0,1,2,3,4 $(ABLATION)
+
+LARGE := -p chain_seeds 0,1,2,3,4 -p chain_epochs 2 -p codes 400 -p days 1500 -p cycle_days 240 -p regime_days 80
+REAL := -p chain_seeds 0,1,2 -p chain_epochs 1 -p options valid=2015-01-01,test=2016-01-01,train_days=500,days_per_step=2
+chains: env ## the phases one after another with several seeds, on a large market whose cycles and regimes stay, or on DATA=folder; an hour, continues where it stopped; writes reports/chains_YYYYMMDD.md
+	$(BIN)/papermill nbs/07_ablation.ipynb -p markets - -p branches - -p hidden 32 $(if $(DATA),-p data $(abspath $(DATA)) $(REAL),$(LARGE)) -p run_dir runs/ablation -p report_dir reports
 
 kills: env ## kill a run 20 times, its saving 500 times and a search 10 times, fill the disk 20 times, race for 60 seconds; writes reports/kills_YYYYMMDD.md
 	$(BIN)/python -m pytest -q tests/test_resume.py tests/test_panel.py tests/test_hpo.py --durations 12 --kills 20 --race-seconds 60 --kills-report reports

@@ -42,7 +42,7 @@ class MarketSpec:
     def __post_init__(self):
         unknown = set(self.effects)-set(EFFECTS)
         if unknown: raise AtftError(f'MarketSpec: no effect {sorted(unknown)[0]!r}; there are {", ".join(EFFECTS)}')
-        if min(self.cycle_days, self.regime_days) < 1: raise AtftError(f'MarketSpec: cycle_days={self.cycle_days} and regime_days={self.regime_days} must be at least 1')
+        if min(self.cycle_days, self.regime_days) < 1: raise AtftError(f'MarketSpec: cycle_days={self.cycle_days}, regime_days={self.regime_days} must be at least 1')
 
 # %% ../nbs/00a_market.ipynb #moving_average
 DECAY = dict(own=.8, periodic=.5, shift=.5) # φ of each signal: the share that is left after a day
