@@ -87,12 +87,16 @@ def split_missing(
     return torch.where(known, x, 0), known
 
 class Gate(nn.Module):
-    "y = x + tanh(g)(F - x), one g per channel, zero at birth"
+    "y = x + tanh|g| (F - x), one g per channel, zero at birth"
     def __init__(self, channels:int): # C
         super().__init__()
         self.g = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x:Tensor, F:Tensor, known:Tensor): return x + torch.tanh(self.g)*torch.where(known, F-x, 0)
+    def opening(self)->Tensor: # [C] in [0, 1)
+        "How far it is open; the slope at 0 is 1, so that a closed gate learns"
+        return torch.where(self.g < 0, -self.g, self.g).tanh()
+
+    def forward(self, x:Tensor, F:Tensor, known:Tensor): return x + self.opening()*torch.where(known, F-x, 0)
 
 # %% ../nbs/02_fan_san.ipynb #from_first_known
 def from_first_known(
@@ -255,7 +259,7 @@ class FAN(nn.Module):
         x:Tensor, # [N, L, C], NaN where unknown
     )->Tensor:    # [N, L, C], 0 where unknown
         if not _compiled(x): return self.plain(x)
-        return _CompiledFAN.apply(x, self.weights(), torch.tanh(self.gate.g), self.windows, self.frequencies, self.min_obs, self.eps)
+        return _CompiledFAN.apply(x, self.weights(), self.gate.opening(), self.windows, self.frequencies, self.min_obs, self.eps)
 
 # %% ../nbs/02_fan_san.ipynb #slice_borders
 def slice_borders(
@@ -338,4 +342,4 @@ class SAN(nn.Module):
         x:Tensor, # [N, L, C], NaN where unknown
     )->Tensor:    # [N, L, C], 0 where unknown
         if not _compiled(x): return self.plain(x)
-        return _CompiledSAN.apply(x, self.weights(x.shape[1]), torch.tanh(self.gate.g), slice_borders(x.shape[1], self.slices, self.overlap), self.min_obs, self.eps)
+        return _CompiledSAN.apply(x, self.weights(x.shape[1]), self.gate.opening(), slice_borders(x.shape[1], self.slices, self.overlap), self.min_obs, self.eps)
