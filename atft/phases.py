@@ -314,7 +314,7 @@ def validate(
     return dict(rank_ic=daily.nanmean(0).tolist(), spread=spread.tolist(), daily=daily.tolist())
 
 # %% ../nbs/03_phases.ipynb #identity
-CHECKPOINT_VERSION = 2
+CHECKPOINT_VERSION = 3  # 3: gates of FAN and SAN open one way, so that older weights would mean something else
 
 def identity(
     s:Setup,

@@ -8,6 +8,7 @@ from polars.testing import assert_frame_equal
 from atft.checkpoint import load_state, previous, save_state
 from atft.losses import rank_ic
 from atft.panel import AtftError
+from atft.phases import CHECKPOINT_VERSION
 
 def command(small_market, run, *more): return [sys.executable, '-m', 'atft.phases', '--phase', '0-1', '--data', str(small_market.folder), '--run-dir', str(run), '--max-epochs', '2', '--hidden', '8', '--lookback', '10', '--embargo', '5', '--save-minutes', '0.004', *more]
 def kills(request): return int(request.config.getoption('--kills'))
@@ -22,7 +23,7 @@ def straight(small_market, tmp_path_factory):
 def same_bits(a, b):
     "Weights, predictions and metrics (without clock and memory) of two runs"
     for n in (0, 1):
-        one, two = (load_state(run/f'phase{n}_best.pt', 2)['model'] for run in (a, b))
+        one, two = (load_state(run/f'phase{n}_best.pt', CHECKPOINT_VERSION)['model'] for run in (a, b))
         assert all(torch.equal(one[k], two[k]) for k in one)
         assert_frame_equal(*(pl.read_parquet(run/f'phase{n}_predictions.parquet') for run in (a, b)), check_exact=True)
         strip = lambda m: {k: v for k, v in m.items() if k not in ('minutes', 'epochs')} | dict(epochs=[{k: v for k, v in e.items() if k not in ('seconds', 'peak_memory')} for e in m['epochs']])
