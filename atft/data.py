@@ -443,6 +443,7 @@ class _Filling:
                 getattr(self, name)[:self.first-have] = old[have-theirs:]
         else: self.x[:new] = np.nan  # before the panel begins
         self.before = None
+        pa.default_memory_pool().release_unused()  # else what the threads set free adds up for a thousand days
         return Block(self.days, self.start, *map(torch.from_numpy, (self.x, self.y, self.returns, self.traded)))
 
     def _name_duplicate(self):

@@ -278,7 +278,7 @@ def _reader(path, code, verify):
     stat = path.stat()
     key = (path, stat.st_mtime_ns, stat.st_size, verify)
     if getattr(_thread, 'key', None) != key:
-        _thread.key, _thread.reader = None, pq.ParquetFile(path, read_dictionary=[code], page_checksum_verification=verify)
+        _thread.key, _thread.reader = None, pq.ParquetFile(path, read_dictionary=[code], page_checksum_verification=verify, pre_buffer=False)  # else the bytes of a whole row group are held
         _thread.key = key
     return _thread.reader
 
