@@ -105,6 +105,7 @@ def bin_weights(
     f = np.arange(1, length//2+1)
     return np.where(2*f == length, 2, 1)*(1-1e-6*f)
 
+# %% ../nbs/01a_kernels.ipynb #_centre
 @_compiled
 def _centre(z, mask, C):
     "Subtract each channel's mean over its known steps from z, in place; z is 0 where unknown and stays so"
@@ -132,6 +133,7 @@ def _strongest(X, weights, amplitude, top, chosen):
             for c in range(C): top[c] = max(top[c], a[c])
         for c in range(C): amplitude[best[c], c] = -ONE
 
+# %% ../nbs/01a_kernels.ipynb #_waves
 @_compiled
 def _waves(QT, chosen, wave):
     "wave [k, 2, L C]: the cosine and the sine of each channel's chosen bins"
@@ -178,6 +180,7 @@ def _spread(windows, weights, gate, min_obs, size):
         _shares(known, a[k], min(min_obs, windows[k]), inverse_n[k], share[k])
     return a, g, inverse_n, share
 
+# %% ../nbs/01a_kernels.ipynb #_start
 @_compiled
 def _start(x, C, value, shifted, mask, sums, plan, usable, eps):
     "Prepare a sample and its rolling sums [3, P, L C] of x, x² + eps and, with gaps, of known steps; where the Fourier residual may serve"
@@ -218,6 +221,7 @@ def _blend(windows, at, a, residual, usable, shifted, whole, sums, min_obs, eps,
     for j in range(size): inverse[j] = ONE/inverse[j] if inverse[j] > ZERO else ZERO
     for j in range(size): blend[j] *= inverse[j]
 
+# %% ../nbs/01a_kernels.ipynb #fan_forward
 @_compiled
 def fan_forward(x, weights, gate, windows, at, plan, Q, QT, bin_weight, min_obs, eps, chosen, y):
     "y [N, L C] from x [N, L C], weights [W or W+1, C] and gate [C]; fills chosen [N, k, C], the bins taken away; k = 0: no Fourier residual"
