@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .data import AtftError
 from .kernels import HUGE, LIMIT, bin_weights, doubling_plan, fan_backward, fan_forward, fourier_rows, san_backward, san_forward
@@ -187,6 +188,7 @@ class _CompiledFAN(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gy):
         x, weights, gate = ctx.saved_tensors
         gx = torch.empty(x.shape) if ctx.needs_input_grad[0] else None
@@ -284,6 +286,7 @@ class _CompiledSAN(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gy):
         x, weights, gate = ctx.saved_tensors
         gx = torch.empty(x.shape) if ctx.needs_input_grad[0] else None

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import matplotlib.pyplot as plt
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import elu, glu, linear, softplus
 from torch_geometric.nn import GATv2Conv
 
 from .data import AtftError
@@ -49,7 +51,30 @@ class GatedResidual(nn.Module):
         self.inner, self.outer = nn.Linear(width, width), nn.Linear(width, 2*width)
         self.dropout, self.norm = nn.Dropout(dropout), nn.LayerNorm(width)
 
-    def forward(self, x:Tensor): return self.norm(x + nn.functional.glu(self.outer(self.dropout(nn.functional.elu(self.inner(x))))))
+    def forward(self, x:Tensor): return self.norm(x + glu(self.outer(self.dropout(elu(self.inner(x))))))
+
+
+# %% ../nbs/02a_network.ipynb #GatedAdd
+class _GatedAdd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, skip, mask, W, b, gamma, beta, eps): # mask None: nothing is dropped
+        if mask is not None: x = torch.mul(x, mask, out=x.new_empty(x.shape)) # an LSTM's output is laid out by step; this is by sample
+        s = linear(x, W, b).sigmoid_()
+        total = torch.addcmul(skip, x, s)
+        y, mean, rstd = torch.native_layer_norm(total, gamma.shape, gamma, beta, eps)
+        ctx.save_for_backward(x, s, total, mean, rstd, mask, W, gamma, beta)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        x, s, total, mean, rstd, mask, W, gamma, beta = ctx.saved_tensors
+        rows = lambda t: t.view(-1, len(gamma))
+        d, ggamma, gbeta = torch.ops.aten.native_layer_norm_backward(g, total, gamma.shape, mean, rstd, gamma, beta, [True]*3)
+        gx, a = d*s, rows(torch.ops.aten.sigmoid_backward(d, s).mul_(x))
+        rows(gx).addmm_(a, W)
+        if mask is not None: gx.mul_(mask)
+        return gx, d, None, a.T @ x.reshape(a.shape), a.sum(0), ggamma, gbeta, None
 
 class GatedAdd(nn.Module):
     """LayerNorm(skip + x sigmoid(W x)): how a sub-layer's output joins what went in. The paper's GLU maps x once more before the gate; both
@@ -58,9 +83,16 @@ class GatedAdd(nn.Module):
         super().__init__()
         self.gate, self.dropout, self.norm = nn.Linear(width, width), nn.Dropout(dropout), nn.LayerNorm(width)
 
+    def plain(self, x:Tensor, skip:Tensor, mask:Tensor|None):
+        "What `forward` does, in operations that autograd and autocast know"
+        if mask is not None: x = x*mask
+        return self.norm(skip + x*self.gate(x).sigmoid())
+
     def forward(self, x:Tensor, skip:Tensor): # [N, L, D] or [N, D], both
-        if self.training: x = x*self.dropout(torch.ones_like(x[:, :1] if x.ndim == 3 else x))
-        return self.norm(torch.addcmul(skip, x, self.gate(x).sigmoid()))
+        mask = self.dropout(torch.ones_like(x[:, :1] if x.ndim == 3 else x)) if self.training else None
+        if torch.is_autocast_enabled(x.device.type): return self.plain(x, skip, mask)
+        return _GatedAdd.apply(x, skip, mask, *self.gate.parameters(), *self.norm.parameters(), self.norm.eps)
+
 
 # %% ../nbs/02a_network.ipynb #VariableSelection
 class VariableSelection(nn.Module):
@@ -69,16 +101,38 @@ class VariableSelection(nn.Module):
         super().__init__()
         self.inner, self.outer = nn.Linear(features, features), nn.Linear(features, features)
         self.embed = nn.Linear(2*features, width, bias=False)  # W and B, [F, D] each, side by side and transposed
+        self.register_buffer('size', torch.tensor([float(features)]*features+[1.]*features), persistent=False)  # v adds up to 1, so v x is small
 
     def weights(self, x:Tensor, known:Tensor)->Tensor: # [N, L, F], adding up to 1 over the known features
-        scores = self.outer(nn.functional.elu(self.inner(x)))
-        return scores.masked_fill(~known, -1e4).softmax(-1)*known
+        return torch.where(known, self.outer(elu(self.inner(x))), -1e4).softmax(-1)*known
 
     def forward(self, x:Tensor, known:Tensor): # [N, L, F] -> [N, L, D]
         v = self.weights(x, known)
-        return self.embed(torch.cat([v*x*x.shape[-1], v], -1))
+        return linear(torch.cat([v*x, v], -1), self.embed.weight*self.size)
 
 # %% ../nbs/02a_network.ipynb #LastStepAttention
+def _compare(h, M, c): return torch.addmm(c, h[:, -1], M).view(len(h), -1, h.shape[-1])  # [N, heads, D]: what each head looks for
+
+class _AttendLast(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h, M, c): # [N, L, D], [D, heads D], [heads D] -> sum over steps and last step, [N, D] both
+        wanted = _compare(h, M, c)
+        a = (wanted @ h.mT).softmax(-1)
+        mean = a.mean(1, keepdim=True)
+        ctx.save_for_backward(h, M, wanted, a, mean)
+        return (mean @ h)[:, 0], h[:, -1].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g, glast):
+        h, M, wanted, a, mean = ctx.saved_tensors
+        ga, g = g[:, None] @ h.mT / a.shape[1], g[:, None]
+        gscores = a*(ga-(a*ga).sum(-1, keepdim=True))
+        gwanted = (gscores @ h).flatten(1)
+        gh = torch.cat([gscores, mean], 1).mT @ torch.cat([wanted, g], 1)
+        gh[:, -1] += glast + gwanted @ M.T
+        return gh, h[:, -1].T @ gwanted, gwanted.sum(0)
+
 class LastStepAttention(nn.Module):
     "Interpretable multi-head attention of the last step over the window (Temporal Fusion Transformers, equations 13 to 16)"
     def __init__(self, width:int, heads:int):
@@ -87,14 +141,20 @@ class LastStepAttention(nn.Module):
         self.query, self.value, self.out = nn.Linear(width, width), nn.Linear(width, size), nn.Linear(size, width)
         self.key = nn.Parameter(nn.Linear(width, width).weight.detach())  # a key's bias would add the same to every step
 
-    def weights(self, h:Tensor)->Tensor: # h [N, L, D] -> [N, L], the mean over heads, adding up to 1
-        N, L, D = h.shape
-        q = self.query(h[:, -1]).view(N, self.heads, -1)
-        asked = torch.einsum('nhd,hde->nhe', q, self.key.view(self.heads, -1, D))  # the key's matrix on the one query's side, not on L steps
-        return (torch.einsum('nhe,nle->nhl', asked, h)/q.shape[-1]**.5).softmax(-1).mean(1)
+    def asking(self)->tuple[Tensor, Tensor]: # [D, heads D], [heads D]
+        "What makes of the last step the vector that each head compares every step with"
+        q, key = torch.cat([self.query.weight, self.query.bias[:, None]], 1).view(self.heads, -1, len(self.key)+1), self.key.view(self.heads, -1, len(self.key))
+        both = (q.mT @ key/key.shape[1]**.5).transpose(0, 1).flatten(1)  # [D+1, heads D]
+        return both[:-1], both[-1]
 
-    def forward(self, h:Tensor): # [N, L, D] -> [N, D]
-        return self.out(self.value(torch.einsum('nl,nld->nd', self.weights(h), h)))
+    def weights(self, h:Tensor)->Tensor: # h [N, L, D] -> [N, L], the mean over heads, adding up to 1
+        return (_compare(h, *self.asking()) @ h.mT).softmax(-1).mean(1)
+
+    def forward(self, h:Tensor): # [N, L, D] -> what the window answers, and the step that asked, [N, D] both
+        if torch.is_autocast_enabled(h.device.type): found, last = (self.weights(h)[:, None] @ h)[:, 0], h[:, -1]
+        else: found, last = _AttendLast.apply(h, *self.asking())
+        return self.out(self.value(found)), last
+
 
 # %% ../nbs/02a_network.ipynb #GiveBack
 class GiveBack(nn.Module):
@@ -142,7 +202,7 @@ class Heads(nn.Module):
 
     def forward(self, h:Tensor)->Forecast: # [N, D]
         score, median, below, above = self.linear(h).unflatten(-1, (-1, 4)).unbind(-1)
-        below, above = nn.functional.softplus(below), nn.functional.softplus(above)
+        below, above = softplus(below), softplus(above)
         return Forecast(score, torch.stack([median-below, median, median+above], -1))
 
 # %% ../nbs/02a_network.ipynb #ATFT
@@ -180,7 +240,7 @@ class ATFT(nn.Module):
         "What a code's own window says"
         raw, known, _, embedded = self.embed(x)
         h = self.after_lstm(self.lstm(embedded)[0], embedded)
-        h = self.feed(self.after_attention(self.attention(h), h[:, -1]))
+        h = self.feed(self.after_attention(*self.attention(h)))
         return self.levels(h, raw, known) if 'levels' in self.parts else h
 
     def forward(self,
