@@ -10,7 +10,6 @@ __all__ = ['newey_west', 'fixed_b', 'cosine_error', 'mean_interval', 'apart', 'b
 import itertools, math
 
 import numpy as np
-from arch.bootstrap import SPA, StationaryBootstrap, optimal_block_length
 from scipy import stats
 
 from .panel import AtftError
@@ -71,11 +70,15 @@ def apart(
     return dict(mean=x.mean(), low=x.mean()-half, high=x.mean()+half, days=len(x))
 
 # %% ../nbs/02e_intervals.ipynb #bootstrap_interval
+def _arch(): # of every process, only those that resample wait for this import
+    from arch import bootstrap
+    return bootstrap
+
 def _block_length(x):
     "Automatic length for the stationary bootstrap, the longest over the columns that vary"
     columns = x.reshape(len(x), -1)
     columns = columns[:, np.ptp(columns, 0) > 0]
-    return max(1., float(np.nanmax(optimal_block_length(columns)['stationary']))) if columns.shape[1] else 1.
+    return max(1., float(np.nanmax(_arch().optimal_block_length(columns)['stationary']))) if columns.shape[1] else 1.
 
 def bootstrap_interval(
     x:np.ndarray,      # [D] or [D, S] daily values, resampled by day
@@ -85,7 +88,7 @@ def bootstrap_interval(
 ): # low, high of the 95% percentile interval, numbers or arrays; NaN with fewer than 20 days or without variation
     "Stationary bootstrap (Politis and Romano, 1994) with automatic block length, by the arch library"
     if not draws or len(x) < 20 or np.ptp(x) == 0: return (np.full(np.shape(statistic(x)), np.nan)[()],)*2 if len(x) else (np.nan, np.nan)
-    low, high = StationaryBootstrap(_block_length(x), x, seed=seed).conf_int(lambda v: np.atleast_1d(statistic(v)), draws, method='percentile')
+    low, high = _arch().StationaryBootstrap(_block_length(x), x, seed=seed).conf_int(lambda v: np.atleast_1d(statistic(v)), draws, method='percentile')
     return (float(low[0]), float(high[0])) if np.ndim(statistic(x)) == 0 else (low, high)
 
 # %% ../nbs/02e_intervals.ipynb #holm
@@ -153,6 +156,6 @@ def superior_ability(
     seed:int=0,
 )->float: # p value of: none of them is better than the benchmark
     "Hansen's test for superior predictive ability (2005), consistent version"
-    test = SPA(-benchmark, -others, block_size=int(np.ceil(_block_length(others-benchmark[:, None]))), reps=draws, seed=seed)
+    test = _arch().SPA(-benchmark, -others, block_size=int(np.ceil(_block_length(others-benchmark[:, None]))), reps=draws, seed=seed)
     test.compute()
     return float(test.pvalues['consistent'])
