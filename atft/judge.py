@@ -124,7 +124,7 @@ def compare(
         keys = ['date', 'code', 'horizon']
         common = a.drop_nulls('prediction').select(keys).join(b.drop_nulls('prediction').select(keys), on=keys)
         if not len(common): raise AtftError(f'compare: no row is predicted by both {na} and {nb}')
-        ics = [daily_ic(t.join(common, on=keys, how='semi')).select('horizon', 'date', 'rank_ic') for t in (a, b)]
+        ics = [daily_ic(t if len(t) == len(common) else t.join(common, on=keys, how='semi')).select('horizon', 'date', 'rank_ic') for t in (a, b)]
         paired = ics[0].join(ics[1], on=['horizon', 'date'], suffix='_b').with_columns(d=pl.col('rank_ic_b')-pl.col('rank_ic'))
         for (h,), d in paired.group_by('horizon', maintain_order=True):
             i = mean_interval(d['d'].to_numpy(), h)
