@@ -76,6 +76,8 @@ class _GatedAdd(torch.autograd.Function):
         if mask is not None: gx.mul_(mask)
         return gx, d, None, a.T @ x.reshape(a.shape), a.sum(0), ggamma, gbeta, None
 
+
+# %% ../nbs/02a_network.ipynb #GatedAdd-module
 class GatedAdd(nn.Module):
     """LayerNorm(skip + x sigmoid(W x)): how a sub-layer's output joins what went in. The paper's GLU maps x once more before the gate; both
     sub-layers here end in a map of their own. Dropout keeps its mask over a window (Gal and Ghahramani, 2016)"""
@@ -110,7 +112,7 @@ class VariableSelection(nn.Module):
         v = self.weights(x, known)
         return linear(torch.cat([v*x, v], -1), self.embed.weight*self.size)
 
-# %% ../nbs/02a_network.ipynb #LastStepAttention
+# %% ../nbs/02a_network.ipynb #_AttendLast
 def _compare(h, M, c): return torch.addmm(c, h[:, -1], M).view(len(h), -1, h.shape[-1])  # [N, heads, D]: what each head looks for
 
 class _AttendLast(torch.autograd.Function):
@@ -133,6 +135,8 @@ class _AttendLast(torch.autograd.Function):
         gh[:, -1] += glast + gwanted @ M.T
         return gh, h[:, -1].T @ gwanted, gwanted.sum(0)
 
+
+# %% ../nbs/02a_network.ipynb #LastStepAttention
 class LastStepAttention(nn.Module):
     "Interpretable multi-head attention of the last step over the window (Temporal Fusion Transformers, equations 13 to 16)"
     def __init__(self, width:int, heads:int):
