@@ -169,6 +169,18 @@ def _rows(t, like): # [N, L C] as numpy shares it; of width 0 for None
 
 def _sum(parts, like): return torch.from_numpy(np.sum(parts, 0).astype(np.float32)) if parts else torch.zeros_like(like)
 
+def _gradients(ctx, gy, backward): # backward(chunk, x, g, weights, gate, gx, gweights, ggate) fills gx and adds to the last two
+    "Gradients of x, if it is wanted, and of weights and gate, chunk by chunk"
+    x, weights, gate = ctx.saved_tensors
+    gx = torch.empty(x.shape) if ctx.needs_input_grad[0] else None
+    (X, G, GX), a, g = (_rows(t, x) for t in (x, gy, gx)), weights.detach().numpy(), gate.detach().numpy()
+    def work(c):
+        ga, gg = np.zeros(a.shape), np.zeros(g.shape)
+        backward(c, X[c], G[c], a, g, GX[c], ga, gg)
+        return ga, gg
+    parts = _in_chunks(len(x), work)
+    return gx, _sum([p for p, _ in parts], weights), _sum([p for _, p in parts], gate)
+
 @lru_cache
 def _plans(windows, length, min_obs, eps):
     "What the compiled FAN needs to know besides tensors"
@@ -190,15 +202,7 @@ class _CompiledFAN(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gy):
-        x, weights, gate = ctx.saved_tensors
-        gx = torch.empty(x.shape) if ctx.needs_input_grad[0] else None
-        (X, G, GX), a, g = (_rows(t, x) for t in (x, gy, gx)), weights.detach().numpy(), gate.detach().numpy()
-        def work(c):
-            ga, gg = np.zeros(a.shape), np.zeros(g.shape)
-            fan_backward(X[c], G[c], a, g, *ctx.back, ctx.chosen[c], GX[c], ga, gg)
-            return ga, gg
-        parts = _in_chunks(len(x), work)
-        return gx, _sum([p for p, _ in parts], weights), _sum([p for _, p in parts], gate), None, None, None, None
+        return *_gradients(ctx, gy, lambda c, x, g, a, gate, *out: fan_backward(x, g, a, gate, *ctx.back, ctx.chosen[c], *out)), None, None, None, None
 
 # %% ../nbs/02_fan_san.ipynb #_check_aggregation
 AGGREGATIONS = ('learned', 'equal')
@@ -288,15 +292,7 @@ class _CompiledSAN(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gy):
-        x, weights, gate = ctx.saved_tensors
-        gx = torch.empty(x.shape) if ctx.needs_input_grad[0] else None
-        (X, G, GX), a, g = (_rows(t, x) for t in (x, gy, gx)), weights.detach().numpy(), gate.detach().numpy()
-        def work(c):
-            ga, gg = np.zeros(a.shape), np.zeros(g.shape)
-            san_backward(X[c], G[c], a, g, *ctx.rest, GX[c], ga, gg)
-            return ga, gg
-        parts = _in_chunks(len(x), work)
-        return gx, _sum([p for p, _ in parts], weights), _sum([p for _, p in parts], gate), None, None, None
+        return *_gradients(ctx, gy, lambda c, x, g, a, gate, *out: san_backward(x, g, a, gate, *ctx.rest, *out)), None, None, None
 
 class SAN(nn.Module):
     "Adaptive normalization by slice statistics that cover the whole window, behind a gate that is zero at birth"
