@@ -45,7 +45,7 @@ ABLATION := -p codes 100 -p days 600 -p base_epochs 4 -p epochs 3 -p chain_epoch
 ablation: env ## what each part of the network adds on generated markets; an hour or more, continues where it stopped; writes reports/fan_san_YYYYMMDD.md
 	$(BIN)/papermill nbs/07_ablation.ipynb -p markets peers,periodic,shift,all,none -p seeds 0,1,2,3,4 -p branches "graph,fan,fan + levels,san,levels,RevIN,LayerNorm" -p chain_seeds 0,1,2,3,4 $(ABLATION)
 
-LARGE := -p chain_seeds 0,1,2,3,4 -p chain_epochs 4 -p codes 400 -p days 1500 -p cycle_days 240 -p regime_days 80
+LARGE := -p chain_seeds 0,1,2,3,4 -p chain_epochs 3 -p codes 400 -p days 1500 -p cycle_days 240 -p regime_days 80
 REAL := -p chain_seeds 0,1,2 -p chain_epochs 1 -p options valid=2015-01-01,test=2016-01-01,train_days=500,days_per_step=2
 chains: env ## the phases one after another with several seeds, on a large market whose cycles and regimes stay, or on DATA=folder; an hour, continues where it stopped; writes reports/chains_YYYYMMDD.md
 	$(BIN)/papermill nbs/07_ablation.ipynb -p markets - -p branches - -p hidden 32 $(if $(DATA),-p data $(abspath $(DATA)) $(REAL),$(LARGE)) -p run_dir runs/ablation -p report_dir reports
