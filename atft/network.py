@@ -53,7 +53,6 @@ class GatedResidual(nn.Module):
 
     def forward(self, x:Tensor): return self.norm(x + glu(self.outer(self.dropout(elu(self.inner(x))))))
 
-
 # %% ../nbs/02a_network.ipynb #GatedAdd
 class _GatedAdd(torch.autograd.Function):
     @staticmethod
@@ -76,7 +75,6 @@ class _GatedAdd(torch.autograd.Function):
         if mask is not None: gx.mul_(mask)
         return gx, d, None, a.T @ x.reshape(a.shape), a.sum(0), ggamma, gbeta, None
 
-
 # %% ../nbs/02a_network.ipynb #GatedAdd-module
 class GatedAdd(nn.Module):
     """LayerNorm(skip + x sigmoid(W x)): how a sub-layer's output joins what went in. The paper's GLU maps x once more before the gate; both
@@ -94,7 +92,6 @@ class GatedAdd(nn.Module):
         mask = self.dropout(torch.ones_like(x[:, :1] if x.ndim == 3 else x)) if self.training else None
         if torch.is_autocast_enabled(x.device.type): return self.plain(x, skip, mask)
         return _GatedAdd.apply(x, skip, mask, *self.gate.parameters(), *self.norm.parameters(), self.norm.eps)
-
 
 # %% ../nbs/02a_network.ipynb #VariableSelection
 class VariableSelection(nn.Module):
@@ -135,7 +132,6 @@ class _AttendLast(torch.autograd.Function):
         gh[:, -1] += glast + gwanted @ M.T
         return gh, h[:, -1].T @ gwanted, gwanted.sum(0)
 
-
 # %% ../nbs/02a_network.ipynb #LastStepAttention
 class LastStepAttention(nn.Module):
     "Interpretable multi-head attention of the last step over the window (Temporal Fusion Transformers, equations 13 to 16)"
@@ -158,7 +154,6 @@ class LastStepAttention(nn.Module):
         if torch.is_autocast_enabled(h.device.type): found, last = (self.weights(h)[:, None] @ h)[:, 0], h[:, -1]
         else: found, last = _AttendLast.apply(h, *self.asking())
         return self.out(self.value(found)), last
-
 
 # %% ../nbs/02a_network.ipynb #GiveBack
 class GiveBack(nn.Module):

@@ -37,6 +37,7 @@ def test_the_command_that_quarto_calls_passes_too():
     notebook = ROOT/'nbs/02c_checkpoint.ipynb'
     result = subprocess.run([Path(sys.executable).parent/'nbdev_filter'], input=notebook.read_text(), cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
+    assert 'cells containing imports and other code' not in result.stderr
     check_page(notebook, json.loads(result.stdout))
 
 def test_quarto_lists_pages_that_exist():
