@@ -38,10 +38,12 @@ class NetworkSpec:
     san_slices:int = 4
     san_overlap:float = .25
     san_aggregation:str = 'learned'        # of SAN's slices where they overlap
+    norm_eps:float = 1e-3                  # added to the variance in FAN and SAN, in squared units of a scaled feature
 
     def __post_init__(self):
         if self.hidden % self.heads: raise AtftError(f'NetworkSpec: hidden={self.hidden} is not divisible by heads={self.heads}')
         if not 0 <= self.dropout < 1: raise AtftError(f'NetworkSpec: dropout={self.dropout} must lie in [0, 1)')
+        if not self.norm_eps > 0: raise AtftError(f'NetworkSpec: norm_eps={self.norm_eps} must be positive')
 
 # %% ../nbs/02a_network.ipynb #GatedResidual
 class GatedResidual(nn.Module):
@@ -184,8 +186,12 @@ class GraphBranch(nn.Module):
         self.norm, self.dropout = nn.LayerNorm(width), nn.Dropout(dropout)
         self.g = nn.Parameter(torch.zeros(width))
 
+    def strength(self, edge_attr:Tensor)->Tensor: # [E, A], the signed correlation first -> [E, 1]
+        "Fisher's z of the correlation in standard errors over 60 days: what correlations differ by, in a unit that attention can resolve"
+        return 60**.5*torch.atanh(edge_attr[:, :1].clamp(-.99, .99))
+
     def forward(self, h:Tensor, edge_index:Tensor, edge_attr:Tensor): # [N, D] -> [N, D]
-        return h + torch.tanh(self.g)*self.dropout(self.norm(self.attention(h, edge_index, edge_attr[:, :1])))
+        return h + torch.tanh(self.g)*self.dropout(self.norm(self.attention(h, edge_index, self.strength(edge_attr))))
 
 # %% ../nbs/02a_network.ipynb #Forecast
 class Forecast(NamedTuple):
@@ -210,8 +216,8 @@ class ATFT(nn.Module):
     def __init__(self, spec:NetworkSpec):
         super().__init__()
         self.spec, self.parts, D = spec, frozenset(), spec.hidden
-        self.fan = FAN(spec.features, spec.fan_windows, spec.fan_frequencies, aggregation=spec.fan_aggregation)
-        self.san = SAN(spec.features, spec.san_slices, spec.san_overlap, aggregation=spec.san_aggregation)
+        self.fan = FAN(spec.features, spec.fan_windows, spec.fan_frequencies, aggregation=spec.fan_aggregation, eps=spec.norm_eps)
+        self.san = SAN(spec.features, spec.san_slices, spec.san_overlap, aggregation=spec.san_aggregation, eps=spec.norm_eps)
         self.levels = GiveBack(spec.features, D)
         self.select = VariableSelection(spec.features, D)
         self.lstm, self.after_lstm = nn.LSTM(D, D, batch_first=True), GatedAdd(D, spec.dropout)
@@ -292,7 +298,7 @@ def explain(
     power = torch.fft.rfft(raw[0], dim=0)[1:].abs().square()
     neighbours = {}
     if edge_index.numel():
-        _, (edges, weight) = net.graph.attention(net.encode(x), edge_index, edge_attr[:, :1], return_attention_weights=True)
+        _, (edges, weight) = net.graph.attention(net.encode(x), edge_index, net.graph.strength(edge_attr), return_attention_weights=True)
         at = edges[1] == n
         neighbours = dict(sorted(zip((codes[i] for i in edges[0, at].tolist()), weight[at].mean(1).tolist()), key=lambda kv: -kv[1]))
     gates = {name.split('.')[0]: float(p.tanh().abs().mean()) for name, p in net.named_parameters() if name.endswith('.g')}

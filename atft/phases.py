@@ -144,6 +144,7 @@ class RunSpec:
     san_slices:int = 4
     san_overlap:float = .25
     san_aggregation:str = 'learned'          # of SAN's slices: learned or equal weights
+    norm_eps:float = 1e-3                    # added to the variance in FAN and SAN, in squared units of a scaled feature
     graph_lookback:int = 60                  # T, days of returns
     k:int = 20                               # neighbours a code may choose
     threshold:float = .3                     # least |correlation| of an edge
@@ -186,7 +187,7 @@ def graph_spec(spec:RunSpec)->GraphSpec:
 
 def network_spec(spec:RunSpec, features:int, horizons:int)->NetworkSpec:
     "The network's part of a run, for a panel's numbers of features and horizons"
-    return NetworkSpec(features, horizons, spec.hidden, spec.heads, spec.dropout, tuple(spec.fan_windows), spec.fan_frequencies, spec.fan_aggregation, spec.san_slices, spec.san_overlap, spec.san_aggregation)
+    return NetworkSpec(features, horizons, spec.hidden, spec.heads, spec.dropout, tuple(spec.fan_windows), spec.fan_frequencies, spec.fan_aggregation, spec.san_slices, spec.san_overlap, spec.san_aggregation, spec.norm_eps)
 
 # %% ../nbs/03_phases.ipynb #Setup
 class Setup(NamedTuple):
@@ -314,7 +315,7 @@ def validate(
     return dict(rank_ic=daily.nanmean(0).tolist(), spread=spread.tolist(), daily=daily.tolist())
 
 # %% ../nbs/03_phases.ipynb #identity
-CHECKPOINT_VERSION = 3  # 3: gates of FAN and SAN open one way, so that older weights would mean something else
+CHECKPOINT_VERSION = 4  # 3: gates of FAN and SAN open one way; 4: the graph attention reads Fisher's z. Older weights would mean something else
 
 def identity(
     s:Setup,
