@@ -68,9 +68,9 @@ HORIZONS = (1, 5, 10, 20)  # what `horizon_weights` speaks of, in trading days
 PHASES = (
     Phase('baseline', (),                      2e-3, (.5, .2, .2, .1),     (1, .8, .5, .3), 20),
     Phase('gat',      ('graph',),              1e-3, (.3, .2, .25, .25),   (1, .8, .5, .3), 25, gat=1.5, tft=.1),
-    Phase('fan',      ('graph', 'fan', 'levels'), 1e-3, (.2, .2, .3, .3),     (1, .9, .6, .4), 30, fan=2, gat=.3, tft=.5),
-    Phase('san',      ('graph', 'fan', 'san', 'levels'), 1e-3, (.1, .15, .35, .4),   (1, 1, .7, .5),  35, san=2.5, gat=.3, tft=.5, head=1.5),
-    Phase('finetune', ('graph', 'fan', 'san', 'levels'), 3e-4, (.05, .15, .4, .4),   (1, 1, .9, .8),  30, tft=.5, head=1.5),
+    Phase('fan',      ('graph', 'fan', 'levels'), 1e-3, (.2, .2, .3, .3),     (1, .4, .2, .1), 30, fan=2, gat=.3, tft=.5),
+    Phase('san',      ('graph', 'fan', 'san', 'levels'), 1e-3, (.1, .15, .35, .4),   (1, .4, .2, .1), 35, san=2.5, gat=.3, tft=.5, head=1.5, averaging=.998),
+    Phase('finetune', ('graph', 'fan', 'san', 'levels'), 3e-4, (.05, .15, .4, .4),   (1, .4, .2, .1), 30, tft=.5, head=1.5, averaging=.998),
 )
 
 # %% ../nbs/03_phases.ipynb #phase_table
