@@ -108,14 +108,16 @@ def _storage(search):
 def open_study(
     search:Search,
 )->optuna.Study:
-    "The study, made if it is not there; sampler and pruner are seeded"
+    "The study, made if it is not there"
     Path(search.run.run_dir).mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', optuna.exceptions.ExperimentalWarning)
-        study = optuna.create_study(study_name=search.name, storage=_storage(search), direction='maximize', load_if_exists=True, pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=1))
-    study.sampler = optuna.samplers.TPESampler(seed=search.run.seed+len(study.get_trials(deepcopy=False)), n_startup_trials=8)  # a process that goes on must not draw the first numbers again
-    return study
+        return optuna.create_study(study_name=search.name, storage=_storage(search), direction='maximize', load_if_exists=True, pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=1))
+
+def _sampler(seed, number):
+    "Of one trial: its values depend on the seed, on the trial's number and on what is finished"
+    return optuna.samplers.TPESampler(seed=int(np.random.SeedSequence((seed, number)).generate_state(1)[0]), n_startup_trials=8)
 
 def finished_trials(
     study:optuna.Study,
@@ -153,6 +155,7 @@ def _objective(search, panel, study, taken, stopped):
         taken()
         folder = trial.user_attrs.get('folder', trial.number)
         trial.set_user_attr('folder', folder)
+        study.sampler = _sampler(search.run.seed, trial.number)  # before anything is drawn
         values = suggest(trial, search.fixed)
         def watch(number, history):
             trial.report(history[-1]['valid']['rank_ic'][index], 100*number+history[-1]['epoch'])

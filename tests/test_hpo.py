@@ -1,5 +1,5 @@
 "A search that is killed, shared or interrupted ends with exactly as many trials as were asked for"
-import os, random, shutil, signal, subprocess, sys, time
+import fcntl, os, random, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import polars as pl
 import pytest
@@ -44,9 +44,17 @@ def test_kills_leave_a_study_that_ends_with_exactly_the_trials_asked_for(small_m
     record_property('trials asked for and finished', trials)
     for t in folder.glob('trial-*/phase0_predictions.parquet'): assert set(pl.read_parquet(t)['split']) == {'valid'}
 
+def waits_for_a_lock(process): return any('->' in line and str(process.pid) in line.split() for line in Path('/proc/locks').read_text().splitlines())
+
 def test_two_processes_share_a_study(small_market, tmp_path):
     folder = tmp_path/'study'
-    both = [work(small_market, folder, 4) for _ in range(2)]
+    folder.mkdir()
+    with open(folder/'ask.lock', 'a') as lock:  # both have opened the study before either may start a trial
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        both = [work(small_market, folder, 4) for _ in range(2)]
+        patience = time.monotonic()+120
+        while not all(map(waits_for_a_lock, both)) and time.monotonic() < patience: time.sleep(.05)
+        assert all(map(waits_for_a_lock, both)), [p.poll() for p in both]
     for p in both: complete(p)
     study = study_of(folder)
     assert [t.state for t in study.trials] == [TrialState.COMPLETE]*4
