@@ -10,6 +10,7 @@ __all__ = ['Split', 'split_days', 'walk_forward', 'OnlineRobustScaler', 'Block',
 import multiprocessing, os, threading, weakref
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
@@ -512,21 +513,33 @@ class _Spans(torch.utils.data.Dataset):
     def __len__(self): return len(self.spans)
     def __getitem__(self, i): return self.dataset.read_span(self.spans[i])
 
+@contextmanager
+def _patience(seconds, workers):
+    "Kill the workers if what is done inside takes longer"
+    done = threading.Event()
+    def watch():  # in ticks: a program that was suspended meanwhile loses one of them
+        if not any(done.wait(seconds/20) for _ in range(20)):
+            for w in workers: w.kill()
+    threading.Thread(target=watch, daemon=True).start()
+    try: yield
+    finally: done.set()
+
 def _from_workers(dataset, spans, num_workers, timeout):
     "Blocks decoded by worker processes; their errors in one line"
     before = set(multiprocessing.active_children())
-    loader = DataLoader(_Spans(dataset, spans), batch_size=None, num_workers=num_workers, prefetch_factor=1, timeout=timeout, multiprocessing_context='forkserver')
-    done = 0
+    stream = iter(DataLoader(_Spans(dataset, spans), batch_size=None, num_workers=num_workers, prefetch_factor=1, timeout=timeout, multiprocessing_context='forkserver'))
+    workers = set(multiprocessing.active_children())-before
     try:
-        for block in loader:
+        for done in range(len(spans)):
+            with _patience(timeout+2, workers): block = next(stream)  # `timeout` covers a block's announcement, not the request for its memory
             yield block
-            done += 1
+            del block
     except AtftError as e: raise AtftError(str(e).strip().splitlines()[-1].removeprefix(f'{AtftError.__module__}.{AtftError.__name__}: ')) from None
-    except RuntimeError as e:
-        for process in set(multiprocessing.active_children())-before: process.kill()  # a stopped process does not hear anything else
+    except (RuntimeError, EOFError, ConnectionError) as e:
+        for w in workers: w.kill()  # a stopped process does not hear anything else
         first, last = (int(f(spans[done])) for f in (np.min, np.max))
         files = dict.fromkeys(str(dataset.panel.root/g.file) for g in dataset.panel.groups if g.first <= last and g.last >= first-dataset.lookback+1)
-        raise AtftError(f'a worker process died or gave nothing for {timeout} s while reading {", ".join(files)} ({str(e).splitlines()[0]}); '
+        raise AtftError(f'a worker process died or gave nothing for {timeout:g} s while reading {", ".join(files)} ({str(e).partition(chr(10))[0] or type(e).__name__}); '
                         'look for a lack of memory or a slow disk, or use num_workers=0') from None
 
 # %% ../nbs/00_data.ipynb #DayLoader

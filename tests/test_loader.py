@@ -1,11 +1,11 @@
 "The stream: the same days from any number of workers, ranks and restarts, with polars alive in the parent"
-import multiprocessing, os, signal, subprocess, sys, time
+import multiprocessing, multiprocessing.connection, os, signal, subprocess, sys, time
 from itertools import product
 import numpy as np
 import polars as pl
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 from atft.data import AtftError, Panel, PanelSpec, ParquetStockIterableDataset, make_loader, write_panel
 
 WORKERS = (0, 1, 2, 4)
@@ -106,6 +106,22 @@ def test_a_worker_that_dies_or_stalls_is_an_error_that_names_the_shard(small_mar
     with pytest.raises(AtftError, match=r'worker process died or gave nothing.*year=\d+.*\.parquet'):
         for _ in stream: pass
     assert time.monotonic()-start < 30
+
+class StopsAtHandOver(ParquetStockIterableDataset):
+    "Its workers stop in the moment the parent asks for the memory of a block that they have announced"
+    def read_span(self, days):
+        if get_worker_info(): multiprocessing.connection.deliver_challenge = lambda *_: os.kill(os.getpid(), signal.SIGSTOP)
+        return super().read_span(days)
+
+@pytest.mark.timeout(60)
+def test_a_worker_that_stalls_while_it_hands_a_block_over_is_an_error_too(small_market):
+    "The `DataLoader`'s own time limit does not cover this moment"
+    start, before = time.monotonic(), set(multiprocessing.active_children())
+    with pytest.raises(AtftError, match=r'worker process died or gave nothing for 10 s.*year=\d+.*\.parquet'):
+        list(make_loader(StopsAtHandOver(small_market, lookback=5, span=10), 2, timeout=10))
+    assert time.monotonic()-start < 20
+    for p in set(multiprocessing.active_children())-before: p.join(5)
+    assert set(multiprocessing.active_children()) == before, 'stopped workers were left behind'
 
 @pytest.mark.timeout(120)
 def test_an_error_in_a_worker_arrives_as_one_line(small_market, tmp_path):

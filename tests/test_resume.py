@@ -71,22 +71,26 @@ SAVER = '''
 import os, random, signal, sys, time, torch
 from pathlib import Path
 from atft.checkpoint import load_state, save_state
-path, kills, rng, step, landed = Path(sys.argv[1]), int(sys.argv[2]), random.Random(1), 0, 0
+path, kills, rng, step, landed = Path(sys.argv[1]), int(sys.argv[2]), random.Random(1), 1, 0
 torch.set_num_threads(1)
 start = time.perf_counter()
 for _ in range(5): save_state(path, dict(version=2, step=0, w=torch.arange(20_000.)))
 once = (time.perf_counter()-start)/5  # how long a save takes here and now
 for _ in range(kills):
+    hear, say = os.pipe()
     child = os.fork()
-    if not child:  # saves for ever
+    if not child:  # saves for ever, and says so each time
         w = torch.arange(20_000.)
         while True:
             save_state(path, dict(version=2, step=step, w=w+step)); step += 1
-    time.sleep(rng.uniform(0, 6*once))
+            os.write(say, b'.')
+    for _ in range(rng.randrange(4)): os.read(hear, 1)  # so many whole saves, on the slowest machine too
+    time.sleep(rng.uniform(0, 2*once))
     os.kill(child, signal.SIGKILL); os.waitpid(child, 0)
+    os.close(hear); os.close(say)
     state = load_state(path, 2, fall_back=True)
     assert state["step"] >= step-1 and torch.equal(state["w"], torch.arange(20_000.)+state["step"]), (state["step"], step)
-    landed += state["step"] > step
+    landed += state["step"] >= step
     step = state["step"]+1
 print(kills, landed)
 '''
@@ -96,7 +100,7 @@ def test_a_kill_while_saving_leaves_a_checkpoint_that_loads(tmp_path, request, r
     done, landed = map(int, result.stdout.split())
     record_property('killed while saving, each then read whole', done)
     record_property('of these after at least one more whole save', landed)
-    assert done == 25*kills(request) and landed > done/4, 'the kills came before anything was saved'
+    assert done == 25*kills(request) and landed > done/2, 'the kills came before anything was saved'
 
 def test_a_disk_that_fills_leaves_the_old_checkpoint(tmp_path, request, record_property):
     path, rng = tmp_path/'a.pt', random.Random(2)
