@@ -526,8 +526,10 @@ def _patience(seconds, workers):
 
 def _from_workers(dataset, spans, num_workers, timeout):
     "Blocks decoded by worker processes; their errors in one line"
+    start = multiprocessing.get_context('forkserver')
+    start.set_forkserver_preload(['torch', 'numba'])  # imported once, not by each worker
     before = set(multiprocessing.active_children())
-    stream = iter(DataLoader(_Spans(dataset, spans), batch_size=None, num_workers=num_workers, prefetch_factor=1, timeout=timeout, multiprocessing_context='forkserver'))
+    stream = iter(DataLoader(_Spans(dataset, spans), batch_size=None, num_workers=num_workers, prefetch_factor=1, timeout=timeout, multiprocessing_context=start))
     workers = set(multiprocessing.active_children())-before
     try:
         for done in range(len(spans)):

@@ -10,7 +10,7 @@ __all__ = ['newey_west', 'fixed_b', 'cosine_error', 'mean_interval', 'apart', 'b
 import itertools, math
 
 import numpy as np
-from scipy import stats
+from scipy.special import ndtr, ndtri, stdtr, stdtrit  # scipy.stats takes a second to import
 
 from .panel import AtftError
 
@@ -54,8 +54,8 @@ def mean_interval(
     x = x[np.isfinite(x)]
     if len(x) < max(10*horizon, 10): return dict(mean=float(x.mean()) if len(x) else np.nan, low=np.nan, high=np.nan, p=np.nan, t=np.nan, days=len(x))
     (error, nu), mean, rough = cosine_error(x, horizon), float(x.mean()), newey_west(x, max(5, 2*horizon))
-    half = stats.t.ppf((1+level)/2, nu)*error
-    return dict(mean=mean, low=float(mean-half), high=float(mean+half), p=float(2*stats.t.sf(abs(mean)/error, nu)) if error > 0 else np.nan,
+    half = stdtrit(nu, (1+level)/2)*error
+    return dict(mean=mean, low=float(mean-half), high=float(mean+half), p=float(2*stdtr(nu, -abs(mean)/error)) if error > 0 else np.nan,
                 t=mean/rough if rough > 0 else np.nan, days=len(x))
 
 def apart(
@@ -66,7 +66,7 @@ def apart(
     x = np.asarray(x, float)[::horizon]
     x = x[np.isfinite(x)]
     if len(x) < 10: return dict(mean=np.nan, low=np.nan, high=np.nan, days=len(x))
-    half = stats.t.ppf(.975, len(x)-1)*x.std(ddof=1)/len(x)**.5
+    half = stdtrit(len(x)-1, .975)*x.std(ddof=1)/len(x)**.5
     return dict(mean=x.mean(), low=x.mean()-half, high=x.mean()+half, days=len(x))
 
 # %% ../nbs/02e_intervals.ipynb #bootstrap_interval
@@ -108,10 +108,10 @@ def probabilistic_sharpe(
     benchmark:float=0., # daily Sharpe ratio to beat
 )->float:               # probability that the true ratio is above it
     "Probabilistic Sharpe ratio (Bailey and López de Prado, 2012, equation 9)"
-    sr, skew, kurtosis = x.mean()/x.std(), stats.skew(x), stats.kurtosis(x, fisher=False)
-    return _above(sr, benchmark, len(x), skew, kurtosis)
+    z = (x-x.mean())/x.std()
+    return _above(x.mean()/x.std(), benchmark, len(x), (z**3).mean(), (z**4).mean())
 
-def _above(sr, benchmark, days, skew, kurtosis): return float(stats.norm.cdf((sr-benchmark)*math.sqrt(days-1)/math.sqrt(1-skew*sr+(kurtosis-1)/4*sr**2)))
+def _above(sr, benchmark, days, skew, kurtosis): return float(ndtr((sr-benchmark)*math.sqrt(days-1)/math.sqrt(1-skew*sr+(kurtosis-1)/4*sr**2)))
 
 def best_of_chance(
     trials:int,     # that were made
@@ -119,7 +119,7 @@ def best_of_chance(
 )->float:           # in the same unit
     "The Sharpe ratio to expect of the best of some worthless trials (Bailey and López de Prado, 2014, equation 1)"
     if trials < 2: return 0.
-    return math.sqrt(variance)*((1-np.euler_gamma)*stats.norm.ppf(1-1/trials)+np.euler_gamma*stats.norm.ppf(1-1/(trials*math.e)))
+    return math.sqrt(variance)*((1-np.euler_gamma)*ndtri(1-1/trials)+np.euler_gamma*ndtri(1-1/(trials*math.e)))
 
 def deflated_sharpe(
     x:np.ndarray,       # [D] daily profit of the best trial
@@ -145,7 +145,8 @@ def overfit_probability(
     below = []
     for half in itertools.combinations(range(blocks), blocks//2):
         best, there = np.argmax(ratio(list(half))), ratio([b for b in range(blocks) if b not in half])
-        below.append(stats.rankdata(there)[best]/(len(there)+1) <= .5)
+        rank = (there < there[best]).sum() + ((there == there[best]).sum()+1)/2
+        below.append(rank/(len(there)+1) <= .5)
     return float(np.mean(below))
 
 # %% ../nbs/02e_intervals.ipynb #superior_ability

@@ -10,12 +10,10 @@ __all__ = ['QUANTILES', 'PARTS', 'NetworkSpec', 'GatedResidual', 'GatedAdd', 'Va
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import matplotlib.pyplot as plt
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import elu, glu, linear, softplus
-from torch_geometric.nn import GATv2Conv
 
 from .data import AtftError
 from .fan_san import FAN, SAN, split_missing
@@ -182,6 +180,7 @@ class GraphBranch(nn.Module):
     "h + tanh(g) GATv2(h): what correlated codes know, as far as the gate lets it in"
     def __init__(self, width:int, heads:int, dropout:float):
         super().__init__()
+        from torch_geometric.nn import GATv2Conv  # here: four seconds that reading or refusing a run does not need
         self.attention = GATv2Conv(width, width//heads, heads, edge_dim=1, add_self_loops=False)
         self.norm, self.dropout = nn.LayerNorm(width), nn.Dropout(dropout)
         self.g = nn.Parameter(torch.zeros(width))
@@ -312,6 +311,7 @@ def plot_explanation(
     most:int=12,              # features to show, those selected most
 ):                            # matplotlib figure
     "Six pictures: selection, past days, neighbours, FAN's windows, the frequencies, SAN's slices"
+    import matplotlib.pyplot as plt
     top = e.selection.mean(0).argsort(descending=True)[:most].tolist()
     names = [features[i] for i in top]
     fig, axes = plt.subplots(2, 3, figsize=(12, 5), constrained_layout=True)

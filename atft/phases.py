@@ -18,7 +18,6 @@ from datetime import date
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib.pyplot as plt
 import numpy as np
 import polars as pl
 import torch
@@ -663,6 +662,7 @@ def plot_history(
     results:dict[int, dict], # phase -> metrics
 ):                           # matplotlib figure
     "Loss and validation rank IC over all epochs of all phases, and the gates"
+    import matplotlib.pyplot as plt  # here: a second that most commands do not need
     fig, axes = plt.subplots(1, 3, figsize=(11, 2.6), constrained_layout=True)
     start = 0
     for number, m in results.items():
@@ -683,6 +683,7 @@ class LivePicture:
     def __init__(self): self.results, self.handle = {}, None
 
     def __call__(self, number:int, history:list):
+        import matplotlib.pyplot as plt
         best = max(range(len(history)), key=lambda e: history[e]['score'])
         self.results[number] = dict(name=PHASES[number].name, epochs=history, best_epoch=best, score=history[best]['score'])
         fig = plot_history(self.results)

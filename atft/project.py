@@ -13,7 +13,6 @@ from datetime import date, datetime
 from importlib.metadata import version
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
 
 from .panel import AtftError, atomic_path
@@ -26,6 +25,7 @@ def plot_road(
     here:str='', # the notebook to print in bold, one of `ROAD`
 ):
     "The road data takes, as a strip of boxes"
+    import matplotlib.pyplot as plt  # here: a second that most commands do not need
     fig, ax = plt.subplots(figsize=(9, .75))
     for i, (name, label) in enumerate(_STEPS.items()):
         bold = name == here
@@ -111,6 +111,7 @@ def save_figure(
     name:str,    # a word
 )->str:          # the markdown that shows it
     "Write `fig` beside `report` as a PNG and close it"
+    import matplotlib.pyplot as plt
     path = report.with_name(f'{report.stem}_{name}.png')
     with atomic_path(path) as temp: fig.savefig(temp, format='png', dpi=90, bbox_inches='tight', metadata={'Software': None})
     plt.close(fig)
