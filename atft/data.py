@@ -551,7 +551,9 @@ class DayLoader:
         dataset:ParquetStockIterableDataset,
         num_workers:int=0, # processes that decode ahead; 0: threads of this one
         timeout:float=25., # seconds to wait for a worker before it counts as stalled
-    ): self.dataset, self.num_workers, self.timeout = dataset, num_workers, timeout
+    ):
+        if num_workers < 0 or timeout <= 0: raise AtftError(f'num_workers={num_workers} must be at least 0 and timeout={timeout:g} more than 0 seconds')
+        self.dataset, self.num_workers, self.timeout = dataset, num_workers, timeout
 
     def __len__(self): return len(self.dataset)
     def set_epoch(self, epoch:int): self.dataset.set_epoch(epoch)
