@@ -113,7 +113,7 @@ class StopsAtHandOver(ParquetStockIterableDataset):
         if get_worker_info(): multiprocessing.connection.deliver_challenge = lambda *_: os.kill(os.getpid(), signal.SIGSTOP)
         return super().read_span(days)
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 def test_a_worker_that_stalls_while_it_hands_a_block_over_is_an_error_too(small_market):
     "The `DataLoader`'s own time limit does not cover this moment"
     start, before = time.monotonic(), set(multiprocessing.active_children())
@@ -122,6 +122,16 @@ def test_a_worker_that_stalls_while_it_hands_a_block_over_is_an_error_too(small_
     assert time.monotonic()-start < 20
     for p in set(multiprocessing.active_children())-before: p.join(5)
     assert set(multiprocessing.active_children()) == before, 'stopped workers were left behind'
+
+@pytest.mark.timeout(120)
+def test_whoever_leaves_early_does_not_wait_for_a_stopped_worker(small_market):
+    before, stream = set(multiprocessing.active_children()), iter(make_loader(ParquetStockIterableDataset(small_market, lookback=5, span=10), 2))
+    next(stream)
+    workers = set(multiprocessing.active_children())-before
+    for p in workers: os.kill(p.pid, signal.SIGSTOP)
+    stream.close()
+    for p in workers: p.join(5)
+    assert len(workers) == 2 and not any(p.is_alive() for p in workers), 'the interpreter would wait for them when it ends'
 
 @pytest.mark.timeout(120)
 def test_an_error_in_a_worker_arrives_as_one_line(small_market, tmp_path):
