@@ -541,7 +541,7 @@ def _from_workers(dataset, spans, num_workers, timeout):
         for w in workers: w.kill()  # a stopped process does not hear anything else
         first, last = (int(f(spans[done])) for f in (np.min, np.max))
         files = dict.fromkeys(str(dataset.panel.root/g.file) for g in dataset.panel.groups if g.first <= last and g.last >= first-dataset.lookback+1)
-        raise AtftError(f'a worker process died or gave nothing for {timeout:g} s while reading {", ".join(files)} ({str(e).partition(chr(10))[0] or type(e).__name__}); '
+        raise AtftError(f'a worker process died or gave nothing for {timeout:g} s while reading {", ".join(files)} ({next(iter(str(e).splitlines()), type(e).__name__)}); '
                         'look for a lack of memory or a slow disk, or use num_workers=0') from None
     finally:
         del stream  # asks the workers to end

@@ -84,10 +84,11 @@ for _ in range(kills):
         while True:
             save_state(path, dict(version=2, step=step, w=w+step)); step += 1
             os.write(say, b'.')
+    os.close(say)  # else a child that fails would be waited for
     for _ in range(rng.randrange(4)): os.read(hear, 1)  # so many whole saves, on the slowest machine too
     time.sleep(rng.uniform(0, 2*once))
     os.kill(child, signal.SIGKILL); os.waitpid(child, 0)
-    os.close(hear); os.close(say)
+    os.close(hear)
     state = load_state(path, 2, fall_back=True)
     assert state["step"] >= step-1 and torch.equal(state["w"], torch.arange(20_000.)+state["step"]), (state["step"], step)
     landed += state["step"] >= step
