@@ -25,7 +25,8 @@ from numba import njit, types
 from numba.extending import intrinsic
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from .panel import AtftError, Panel, PanelSpec, adopt_panel, append_shard, atomic_path, tiny_table, write_panel
+from .core import AtftError, atomic_path
+from .panel import Panel, PanelSpec, adopt_panel, append_shard, tiny_table, write_panel
 _all_ = ['AtftError', 'Panel', 'PanelSpec', 'adopt_panel', 'append_shard', 'write_panel']  # handed on
 
 # %% ../nbs/00_data.ipynb #Split

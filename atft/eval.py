@@ -18,15 +18,22 @@ import matplotlib.pyplot as plt
 import numpy as np
 import polars as pl
 
-from .backtest import METRICS, Trading, backtest, equal_weight, metric, performance, random_portfolios, target_weights
+from .backtest import (
+    METRICS, Trading, backtest, equal_weight, metric, performance, random_portfolios,
+    target_weights)
 from .baselines import baselines, boosting, momentum, reversal, ridge
-from .data import AtftError, Panel, Split
+from .core import AtftError
+from .correlation import rank_ic
+from .data import Split
 from .intervals import deflated_sharpe, mean_interval, overfit_probability, superior_ability
-from .judge import compare, decay, decile_returns, evaluate, evaluate_by, plot_decay, plot_deciles, with_holm
+from .judge import (
+    compare, decay, decile_returns, evaluate, evaluate_by, plot_decay, plot_deciles, with_holm)
 from .ledger import Ledger
-from .losses import rank_ic
+from .panel import Panel
 from .predictions import daily_ic, dense, load_predictions
-from .project import dated, project_root, provenance, provenance_table, save_figure, table, with_interval, write_text
+from .project import project_root
+from .reports import (
+    dated, provenance, provenance_table, save_figure, table, with_interval, write_text)
 _all_ = ['Trading', 'backtest', 'equal_weight', 'metric', 'performance', 'random_portfolios', 'target_weights', 'baselines', 'boosting', 'momentum', 'reversal', 'ridge',
          'compare', 'decay', 'decile_returns', 'evaluate', 'evaluate_by', 'plot_decay', 'plot_deciles', 'rank_ic', 'daily_ic', 'dense', 'load_predictions', 'AtftError']  # handed on
 

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .data import AtftError
-from .kernels import HUGE, LIMIT, bin_weights, doubling_plan, fan_backward, fan_forward, fourier_rows, san_backward, san_forward
+from .core import AtftError
+from .kernels import (
+    HUGE, LIMIT, bin_weights, doubling_plan, fan_backward, fan_forward, fourier_rows,
+    san_backward, san_forward)
 
 # %% ../nbs/02_fan_san.ipynb #FrequencySplit
 class FrequencySplit(NamedTuple):

@@ -21,8 +21,8 @@ import torch
 from numba import njit
 from tqdm import tqdm
 
+from .core import AtftError, atomic_path
 from .data import DayBatch
-from .panel import AtftError, atomic_path
 
 # %% ../nbs/01_graph.ipynb #GraphSpec
 @dataclass(frozen=True)

@@ -20,13 +20,18 @@ from sqlalchemy import make_url
 from sqlalchemy.exc import SQLAlchemyError
 from tqdm import tqdm
 
+from .bars import open_panel
 from .checkpoint import Stopped
+from .core import AtftError
 from .judge import evaluate
 from .ledger import Ledger
-from .market import open_panel
-from .panel import AtftError, Panel
-from .phases import PHASES, RunSpec, check_run, load_checkpoint, override, parse_phases, predictions_table, run_phases, setup
-from .project import dated, project_root, provenance, provenance_table, save_figure, table, with_interval, write_text
+from .panel import Panel
+from .phases import (
+    PHASES, RunSpec, check_run, load_checkpoint, override, parse_phases, predictions_table,
+    run_phases, setup)
+from .project import project_root
+from .reports import (
+    dated, provenance, provenance_table, save_figure, table, with_interval, write_text)
 
 # %% ../nbs/05_hpo.ipynb #SPACE
 SPACE = dict(

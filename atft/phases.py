@@ -28,16 +28,24 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from .checkpoint import Stopped, StopFlag, load_state, only_one, previous, save_state, stop_on_signals
-from .data import AtftError, OnlineRobustScaler, Panel, ParquetStockIterableDataset, Split, atomic_path, make_loader, split_days
+from .bars import open_panel
+from .checkpoint import (
+    StopFlag, Stopped, load_state, only_one, previous, save_state, stop_on_signals)
+from .core import AtftError, atomic_path
+from .correlation import rank_ic
+from .data import (
+    OnlineRobustScaler, ParquetStockIterableDataset, Split, make_loader, split_days)
 from .graph import GraphCache, GraphSpec
 from .intervals import mean_interval
 from .ledger import Ledger
-from .losses import TERMS, by_day, loss_terms, rank_ic, total_loss
-from .market import open_panel
-from .network import ATFT, PARTS, Forecast, NetworkSpec, explain, parameter_groups, plot_explanation
-from .project import dated, project_root, provenance, provenance_table, save_figure, table, with_interval, write_text
-from .ranks import Ranks
+from .losses import TERMS, by_day, loss_terms, total_loss
+from .network import (
+    ATFT, PARTS, Forecast, NetworkSpec, explain, parameter_groups, plot_explanation)
+from .panel import Panel
+from .project import project_root
+from .processes import Processes
+from .reports import (
+    dated, provenance, provenance_table, save_figure, table, with_interval, write_text)
 
 # %% ../nbs/03_phases.ipynb #Phase
 @dataclass(frozen=True)
@@ -198,7 +206,7 @@ class Setup(NamedTuple):
     target:OnlineRobustScaler  # of the targets
     graphs:GraphCache
     device:torch.device
-    ranks:Ranks                # this process among those of a torchrun job
+    ranks:Processes                # this process among those of a torchrun job
 
     def days(self, which:str, shuffle:bool=False):
         "A dataset of the train, valid or test days"
@@ -221,7 +229,7 @@ def setup(
     at = lambda share: str(panel.dates[int(share*len(panel.dates))])
     split = split_days(panel.dates, spec.valid or at(.6), spec.test or at(.78), max(panel.spec.horizons) if spec.purge is None else spec.purge,
                        spec.embargo, spec.end, spec.train_days)
-    ranks = Ranks()
+    ranks = Processes()
     if spec.accumulate % ranks.world: raise AtftError(f'accumulate={spec.accumulate} passes a step cannot be shared evenly by {ranks.world} processes; use --accumulate {max(1, spec.accumulate//ranks.world)*ranks.world}')
     device = ranks.device(spec.device)
     ranks.join(device)
@@ -640,7 +648,7 @@ def run_phases(
     watch=lambda number, history: None, # called with the phase and its history after every epoch
 )->dict[int, dict]:        # phase -> its metrics
     "Train the phases of `spec` in order, each from the best weights of the one before"
-    spec, ranks = check_run(spec), Ranks()
+    spec, ranks = check_run(spec), Processes()
     with only_one(spec.run_dir) if ranks.first else nullcontext(lambda: None) as alive, stop_on_signals() as flag:
         s, wanted = setup(spec, panel), parse_phases(spec.phase)
         if ranks.first: claim_folder(s)
@@ -722,7 +730,7 @@ def main():
     "Command line: train phases and write the report into the run folder"
     spec = tyro.cli(RunSpec, description='Train phases of the ATFT network.')
     try:
-        spec, ranks = check_run(spec), Ranks()
+        spec, ranks = check_run(spec), Processes()
         run_phases(spec)
         if ranks.first: print(write_report(spec, spec.run_dir, f'python -m atft.phases {" ".join(sys.argv[1:])}'))
         ranks.leave()

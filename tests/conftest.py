@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 import pytest
 from atft.market import MarketSpec, embedded_panel
-from atft.project import dated, provenance, provenance_table, table, write_text
+from atft.reports import dated, provenance, provenance_table, table, write_text
 
 ROOT = Path(__file__).parents[1]
 

@@ -4,11 +4,17 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from atft.data import AtftError, PanelSpec, ParquetStockIterableDataset, write_panel
-from atft.eval import backtest, compare, decay, effect, evaluate, load_run, rank_ic, step_differences, verdict
+from atft.backtest import backtest
+from atft.bars import assert_causal, ohlcv_features, panel_from_ohlcv
+from atft.core import AtftError
+from atft.correlation import rank_ic
+from atft.data import ParquetStockIterableDataset
+from atft.eval import effect, load_run, step_differences, verdict
 from atft.intervals import mean_interval
-from atft.market import MarketSpec, assert_causal, embedded_panel, ohlcv_features, panel_from_ohlcv, synthetic_market
+from atft.judge import compare, decay, evaluate
+from atft.market import MarketSpec, embedded_panel, synthetic_market
 from atft.network import PARTS
+from atft.panel import PanelSpec, write_panel
 from atft.phases import RunSpec, load_checkpoint, predict, run_phases, setup
 from atft.predictions import example_predictions
 

@@ -3,8 +3,9 @@ import numpy as np
 import polars as pl
 import torch
 from hypothesis import given, settings, strategies as st
-from atft.data import ParquetStockIterableDataset, write_panel
+from atft.data import ParquetStockIterableDataset
 from atft.graph import GraphCache, GraphSpec, correlation_knn
+from atft.panel import write_panel
 
 def reference(returns, spec):
     N = len(returns)

@@ -6,7 +6,9 @@ import polars as pl
 import pytest
 import torch
 from torch.utils.data import DataLoader, get_worker_info
-from atft.data import AtftError, Panel, PanelSpec, ParquetStockIterableDataset, make_loader, write_panel
+from atft.core import AtftError
+from atft.data import ParquetStockIterableDataset, make_loader
+from atft.panel import Panel, PanelSpec, write_panel
 
 WORKERS = (0, 1, 2, 4)
 
@@ -144,7 +146,8 @@ def test_an_error_in_a_worker_arrives_as_one_line(small_market, tmp_path):
 
 MEASURE = r'''
 import re, sys
-from atft.data import Panel, ParquetStockIterableDataset, make_loader
+from atft.data import ParquetStockIterableDataset, make_loader
+from atft.panel import Panel
 for b in make_loader(ParquetStockIterableDataset(Panel(sys.argv[1]), lookback=60, span=64)): b.x
 print(re.search(r'VmHWM:\s+(\d+)', open('/proc/self/status').read())[1])  # ru_maxrss would be the parent's
 '''

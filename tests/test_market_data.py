@@ -1,8 +1,9 @@
 "On real prices, when a folder of them is given: repairs are counted, and a known number comes out"
 import numpy as np
 import polars as pl
-from atft.eval import evaluate, reversal
-from atft.market import count_repairs, open_panel
+from atft.bars import count_repairs, open_panel
+from atft.baselines import reversal
+from atft.judge import evaluate
 
 def test_the_panel_of_real_bars_gives_the_known_reversal(market_data, tmp_path):
     shards = sorted(market_data.glob('*.parquet'))

@@ -8,9 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings, strategies as st
-from atft.data import AtftError, OnlineRobustScaler, Panel, PanelSpec, ParquetStockIterableDataset, adopt_panel, append_shard, write_panel
-from atft.market import open_panel
-from atft.panel import tiny_table
+from atft.bars import open_panel
+from atft.core import AtftError
+from atft.data import OnlineRobustScaler, ParquetStockIterableDataset
+from atft.panel import Panel, PanelSpec, adopt_panel, append_shard, tiny_table, write_panel
 from atft.phases import RunSpec, check_run, setup
 
 SPEC = PanelSpec(features=('volume_z', 'constant'), horizons=(1, 5))
@@ -147,8 +148,8 @@ LIMITED = '''
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), resource.RLIM_INFINITY))
-from atft.market import open_panel
-from atft.panel import AtftError
+from atft.bars import open_panel
+from atft.core import AtftError
 try: print(len(open_panel(sys.argv[1], cache=sys.argv[2]).dates))
 except AtftError as e: print('AtftError', e)
 '''

@@ -6,8 +6,8 @@ import pytest
 import torch
 from polars.testing import assert_frame_equal
 from atft.checkpoint import load_state, previous, save_state
-from atft.losses import rank_ic
-from atft.panel import AtftError
+from atft.core import AtftError
+from atft.correlation import rank_ic
 from atft.phases import CHECKPOINT_VERSION
 
 def command(small_market, run, *more): return [sys.executable, '-m', 'atft.phases', '--phase', '0-1', '--data', str(small_market.folder), '--run-dir', str(run), '--max-epochs', '2', '--hidden', '8', '--lookback', '10', '--embargo', '5', '--save-minutes', '0.004', *more]

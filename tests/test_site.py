@@ -34,7 +34,7 @@ def test_notebooks_pass_the_filter_with_signatures_and_links_that_lead_somewhere
     for notebook in NOTEBOOKS: check_page(notebook, json.loads((tmp_path/notebook.name).read_text()))
 
 def test_the_command_that_quarto_calls_passes_too():
-    notebook = ROOT/'nbs/02c_checkpoint.ipynb'
+    notebook = ROOT/'nbs/03e_checkpoint.ipynb'
     result = subprocess.run([Path(sys.executable).parent/'nbdev_filter'], input=notebook.read_text(), cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     assert 'cells containing imports and other code' not in result.stderr
