@@ -9,9 +9,11 @@ __all__ = ['EFFECTS', 'FEATURES', 'DECAY', 'MarketSpec', 'moving_average', 'drif
 # %% ../nbs/00d_market.ipynb #imports
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import polars as pl
+from fastcore.basics import patch
 
 from .core import AtftError, atomic_path
 from .panel import Panel, PanelSpec, cached_panel, panel_recipe, write_panel
@@ -40,11 +42,11 @@ class MarketSpec:
     seed:int = 0
 
     def __post_init__(self):
-        _check_market(self)
+        _check_effects(self)
+        _check_sizes(self)
 
-# %% ../nbs/00d_market.ipynb #_check_market
-def _check_market(spec):
-    "One clear line for a market that cannot be meant"
+# %% ../nbs/00d_market.ipynb #_check_effects
+def _check_effects(spec):
     unknown = set(spec.effects)-set(EFFECTS)
     if unknown:
         raise AtftError(f'MarketSpec: no effect {sorted(unknown)[0]!r}; '
@@ -52,6 +54,8 @@ def _check_market(spec):
     if min(spec.cycle_days, spec.regime_days) < 1:
         raise AtftError(f'MarketSpec: cycle_days={spec.cycle_days}, '
                         f'regime_days={spec.regime_days} must be at least 1')
+
+def _check_sizes(spec):
     if min(spec.codes, spec.clusters) < 1:
         raise AtftError(f'MarketSpec: codes={spec.codes}, clusters={spec.clusters} '
                         'must be at least 1')
@@ -73,6 +77,16 @@ def moving_average(
         z[t] = decay*z[t-1] + np.sqrt(1-decay**2)*x[t]
     return z
 
+# %% ../nbs/00d_market.ipynb #_harmonics
+def _harmonics(rng, days, codes, stay):
+    "[D, N] which harmonic of 20 sessions a cycle is; now and then it moves to its neighbour"
+    step = rng.choice([-1, 1], (days, codes))*(rng.random((days, codes)) < 1/stay)
+    harmonic = np.zeros((days, codes), int)
+    harmonic[0] = rng.integers(2, 9, codes)
+    for t in range(1, days):
+        harmonic[t] = np.clip(harmonic[t-1]+step[t], 2, 8)
+    return harmonic
+
 # %% ../nbs/00d_market.ipynb #drifting_cycle
 def drifting_cycle(
     rng:np.random.Generator,
@@ -81,11 +95,7 @@ def drifting_cycle(
     stay:float=60, # sessions until it moves, on average
 )->np.ndarray: # [D, N]
     "A sine per code: a harmonic of 20 sessions that moves now and then, its amplitude around 3"
-    step = rng.choice([-1, 1], (days, codes))*(rng.random((days, codes)) < 1/stay)
-    harmonic = np.zeros((days, codes), int)
-    harmonic[0] = rng.integers(2, 9, codes)
-    for t in range(1, days):
-        harmonic[t] = np.clip(harmonic[t-1]+step[t], 2, 8)
+    harmonic = _harmonics(rng, days, codes, stay)
     wander = rng.uniform(0, 6.3, codes) + np.cumsum(rng.normal(0, .03, (days, codes)), 0)
     amplitude = 3*np.exp(.3*np.sin(wander))
     angle = rng.uniform(0, 6.3, codes) + np.cumsum(2*np.pi*harmonic/20, 0)
@@ -175,6 +185,7 @@ def _signals(spec, white):
         signals[effect] = strength*moving_average(white[effect], decay)
     return signals
 
+# %% ../nbs/00d_market.ipynb #_recursion
 def _recursion(spec, signals, peers, noise, cluster):
     "[D, N] log returns: each day's noise, what was expected of it, and what peers hand on"
     r = np.zeros((spec.days, spec.codes))
@@ -184,6 +195,13 @@ def _recursion(spec, signals, peers, noise, cluster):
     return r
 
 # %% ../nbs/00d_market.ipynb #_returns
+class _Drawn(NamedTuple):
+    "What a market is made of, [D, N] each"
+    returns:np.ndarray # log returns
+    signals:dict       # effect -> what it adds to the expected return of the next day
+    peers:float        # strength of the spill-over
+    features:dict      # that carry the signals
+
 def _returns(spec, rng, cluster):
     "Draw the signals' features [D, N] and the log returns they cause"
     shape = (spec.days, spec.codes)
@@ -197,7 +215,7 @@ def _returns(spec, rng, cluster):
     features = dict(
         own=white['own'], periodic=cycle+white['periodic'], shifting=level+scale*white['shift'],
         volatility=volatility, noise_1=rng.normal(size=shape), noise_2=rng.normal(size=shape))
-    return returns, signals, peers, features
+    return _Drawn(returns, signals, peers, features)
 
 # %% ../nbs/00d_market.ipynb #_bars
 def _bars(rng, log_price, returns):
@@ -236,7 +254,8 @@ class Market:
 class _Rows:
     "Turns arrays [D, N] into tables with a row where a code traded"
     def __init__(self, traded):
-        days, codes = traded.shape
+        days = traded.shape[0]
+        codes = traded.shape[1]
         calendar = np.busday_offset('2015-01-01', np.arange(days), roll='forward')
         self.day, self.code = np.nonzero(traded)
         names = np.array([f'S{i:03d}' for i in range(codes)])
@@ -247,17 +266,19 @@ class _Rows:
         values = {name: array[self.day, self.code] for name, array in columns.items()}
         return pl.DataFrame(self.keys | values).fill_nan(None)
 
-    def sectors(self, cluster):
-        "The sector of each row; there are eight, and a cluster lies within one"
-        names = np.array([f'sector{i:03d}' for i in range(8)])
-        return pl.Series('sector', names[cluster % 8][self.code])
+# %% ../nbs/00d_market.ipynb #sectors
+@patch
+def sectors(self:_Rows, cluster):
+    "The sector of each row; there are eight, and a cluster lies within one"
+    names = np.array([f'sector{i:03d}' for i in range(8)])
+    return pl.Series('sector', names[cluster % 8][self.code])
 
 # %% ../nbs/00d_market.ipynb #_oracle
-def _oracle(rows, horizons, *recursion):
+def _oracle(rows, horizons, drawn, cluster):
     "The expectation at each horizon, in all and through each effect"
     tables = []
     for horizon in horizons:
-        parts = expected_returns(*recursion, horizon)
+        parts = expected_returns(drawn.signals, drawn.returns, drawn.peers, cluster, horizon)
         whole = dict(oracle=sum(parts.values()))
         tables.append(rows(whole | parts).with_columns(horizon=pl.lit(horizon, pl.Int32)))
     return pl.concat(tables)
@@ -271,18 +292,18 @@ def synthetic_market(
     spec = spec or MarketSpec(**changes)
     rng = np.random.default_rng(spec.seed)
     cluster = np.arange(spec.codes) % spec.clusters
-    returns, signals, peers, features = _returns(spec, rng, cluster)
+    drawn = _returns(spec, rng, cluster)
     traded = listed(rng, spec)
-    log_price = np.log(50) + np.cumsum(returns, 0)
-    bars = _bars(rng, log_price, returns)
+    log_price = np.log(50) + np.cumsum(drawn.returns, 0)
+    bars = _bars(rng, log_price, drawn.returns)
     before = np.vstack([np.zeros((1, spec.codes), bool), traded[:-1]])
-    features['ret_1d'] = np.where(before, np.expm1(returns), np.nan)
-    features['turnover'] = np.log(bars['volume'])
+    ret = np.where(before, np.expm1(drawn.returns), np.nan)
+    features = drawn.features | dict(ret_1d=ret, turnover=np.log(bars['volume']))
     known = {name: features[name] for name in FEATURES}
     targets = {f'target_{h}d': _forward(log_price, traded, h) for h in spec.horizons}
     rows = _Rows(traded)
     panel = rows(known | targets).with_columns(rows.sectors(cluster))
-    oracle = _oracle(rows, spec.horizons, signals, returns, peers, cluster)
+    oracle = _oracle(rows, spec.horizons, drawn, cluster)
     return Market(spec, panel, rows(bars), oracle)
 
 # %% ../nbs/00d_market.ipynb #embedded_panel
