@@ -680,19 +680,20 @@ def append_shard(
     return Panel(panel.folder)
 
 # %% ../nbs/00b_panel.ipynb #panel_recipe
+def _short_digest(content):
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
 def panel_recipe(
-    data:str,  # a fingerprint of what the panel is made from
-    *objects,  # functions that make it
+    data,      # what tells the data from other data, as JSON has it: digests of files, say
+    *objects,  # functions that make the panel
     **options, # their options, as JSON has them
 )->dict:       # data, code: both halves of the panel's key
     "What a made panel is known by"
     makers = (*objects, _conform, _write_shard)
-    return dict(data=data, code=recipe_key(f'panel {FORMAT}', *makers, **options))
+    code = recipe_key(f'panel {FORMAT}', *makers, **options)
+    return dict(data=_short_digest(data), code=code)
 
-# %% ../nbs/00b_panel.ipynb #_short_digest
-def _short_digest(content):
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
-
+# %% ../nbs/00b_panel.ipynb #cached_panel
 def cached_panel(
     cache:str|Path, # where made panels are kept
     name:str,       # how the panel's folder begins
@@ -891,7 +892,7 @@ def adopt_panel(
         else:
             _point_to(folder, spec, target, shards)
 
-    data = _short_digest([str(folder), [s['sha256'] for s in shards]])
+    data = [str(folder), [s['sha256'] for s in shards]]
     makers = (_order, _describe, _survey, _repartition, _point_to)
     recipe = panel_recipe(data, *makers, spec=asdict(spec), most_rows=most_rows)
     return cached_panel(Path(cache).resolve(), folder.name, recipe, write)
