@@ -1,4 +1,4 @@
-"The graph of a day against a brute-force reference in float64; the cache against everything that could make it stale"
+"A day's graph against brute force in float64; the cache against all that could make it stale"
 from dataclasses import dataclass
 
 import numpy as np

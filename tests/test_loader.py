@@ -1,4 +1,4 @@
-"The stream: the same days from any number of workers, ranks and restarts, with polars alive in the parent"
+"The stream: the same days from any number of workers, ranks and restarts, with polars alive"
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -161,7 +161,7 @@ def test_a_worker_that_dies_or_stalls_is_an_error_that_names_the_shard(small_mar
 
 
 class StopsAtHandOver(ParquetStockIterableDataset):
-    "Its workers stop in the moment the parent asks for the memory of a block that they have announced"
+    "Its workers stop when the parent asks for the memory of a block that they have announced"
     def read_span(self, days):
         def stop(*_): os.kill(os.getpid(), signal.SIGSTOP)
         if get_worker_info(): multiprocessing.connection.deliver_challenge = stop
@@ -192,7 +192,7 @@ def test_whoever_leaves_early_does_not_wait_for_a_stopped_worker(small_market):
     stream.close()
     for p in workers: p.join(5)
     assert len(workers) == 2
-    assert not any(p.is_alive() for p in workers), 'the interpreter would wait for them when it ends'
+    assert not any(p.is_alive() for p in workers), 'the interpreter would wait for them'
 
 
 @pytest.mark.timeout(120)
