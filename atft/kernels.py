@@ -338,7 +338,7 @@ def _centre_sample(room, C):
 
 @_compiled
 def fan_forward(x, weights, gate, windows, at, plan, Q, QT, bin_weight, min_obs, eps, chosen, y):
-    "y [N, L C] from x [N, L C], weights [W or W+1, C], gate [C]; fills chosen [N, k, C]; k may be 0"
+    "y [N, L C] from x [N, L C], weights [W or W+1, C], gate [C]; fills chosen [N, k, C], k >= 0"
     N, size = x.shape
     C = len(gate)
     k = chosen.shape[1]
