@@ -29,6 +29,7 @@ def _repeat(row, out):
     C = len(row)
     for t in range(len(out)//C): out[t*C:(t+1)*C] = row
 
+# %% ../nbs/02a_kernels.ipynb #_add_steps
 @_compiled
 def _add_steps(parts, C, total):
     "total [C] += the sum over steps of parts [L C]"
@@ -36,7 +37,7 @@ def _add_steps(parts, C, total):
         row = parts[t*C:(t+1)*C]
         for c in range(C): total[c] += row[c]
 
-# %% ../nbs/02a_kernels.ipynb #_prepare
+# %% ../nbs/02a_kernels.ipynb #_first_known
 @_compiled
 def _first_known(value, mask, first):
     "first [C] from value and mask [L C]; 0 where a channel has none"
@@ -47,6 +48,7 @@ def _first_known(value, mask, first):
         while j < last and mask[j] == ZERO: j += C
         first[c] = value[j]
 
+# %% ../nbs/02a_kernels.ipynb #_prepare
 @_compiled
 def _prepare(x, C, value, shifted, mask):
     "Fill three [L C] rows from one sample; True if it is complete"
@@ -83,6 +85,7 @@ def doubling_plan(
 def _add(a, b, out):
     for j in range(len(out)): out[j] = a[j]+b[j]
 
+# %% ../nbs/02a_kernels.ipynb #_rolling_sums
 @_compiled
 def _rolling_sums(plan, C, sums):
     "sums [P, L C]: row 0 is given, the others follow; a longer window sums what is there"
@@ -143,7 +146,7 @@ def _centre(z, mask, C):
         m = mask[t*C:(t+1)*C]
         for c in range(C): row[c] = (row[c]-total[c])*m[c]
 
-# %% ../nbs/02a_kernels.ipynb #_strongest
+# %% ../nbs/02a_kernels.ipynb #_amplitudes
 @_compiled
 def _amplitudes(X, weights, amplitude):
     "amplitude [L//2, C], squared and weighted, of the spectrum X [2 (L//2), C]"
@@ -155,6 +158,7 @@ def _amplitudes(X, weights, amplitude):
         weight = weights[f]
         for c in range(C): a[c] = (re[c]*re[c]+im[c]*im[c])*weight
 
+# %% ../nbs/02a_kernels.ipynb #_strongest
 @_compiled
 def _strongest(amplitude, top, chosen):
     "chosen [k, C]: the bins of largest amplitude, the largest first; amplitude is used up"
@@ -205,6 +209,13 @@ def _take_away(z, wave, C, out):
             for c in range(C): b[c] -= a[c]*total[c]
 
 # %% ../nbs/02a_kernels.ipynb #_shares
+@_compiled
+def _shares(known, a, need, inverse_n, share):
+    "1/n, and a where enough is known, from n and a, all [L C]"
+    for j in range(len(known)): inverse_n[j] = ONE/max(known[j], ONE)
+    for j in range(len(known)): share[j] = a[j] if known[j] >= need else ZERO
+
+# %% ../nbs/02a_kernels.ipynb #_Spread
 class _Spread(NamedTuple):
     "What is the same for every sample, laid under every step"
     weights:np.ndarray # [W or W+1, L C] a of each window, and of the Fourier residual
@@ -212,12 +223,7 @@ class _Spread(NamedTuple):
     whole:np.ndarray   # [2, W, L C] 1/n and a e of a sample without gaps
     gaps:np.ndarray    # [2, W, L C] room for those of a sample with gaps
 
-@_compiled
-def _shares(known, a, need, inverse_n, share):
-    "1/n, and a where enough is known, from n and a, all [L C]"
-    for j in range(len(known)): inverse_n[j] = ONE/max(known[j], ONE)
-    for j in range(len(known)): share[j] = a[j] if known[j] >= need else ZERO
-
+# %% ../nbs/02a_kernels.ipynb #_spread
 @_compiled
 def _spread(windows, weights, gate, min_obs, size):
     C = len(gate)
@@ -247,6 +253,7 @@ class _Room(NamedTuple):
     sums:np.ndarray     # [3, P, L C] rolling sums of x, x² + eps and, with gaps, of known steps
     wave:np.ndarray     # [k, 2, L C] what is taken away
 
+# %% ../nbs/02a_kernels.ipynb #_make_room
 @_compiled
 def _make_room(size, P, k):
     row = np.empty((8, size), np.float32)
@@ -255,7 +262,7 @@ def _make_room(size, P, k):
     wave = np.empty((k, 2, size), np.float32)
     return _Room(row[0], row[1], row[2], row[3], row[4], residual, row[5], row[6], sums, wave)
 
-# %% ../nbs/02a_kernels.ipynb #_start
+# %% ../nbs/02a_kernels.ipynb #_half_known
 @_compiled
 def _half_known(mask, C, usable):
     "usable [L C]: 1 in channels that know at least half of their steps"
@@ -269,6 +276,7 @@ def _half_known(mask, C, usable):
 def _add_squares(x, mask, eps, out):
     for j in range(len(out)): out[j] = eps*mask[j]+x[j]*x[j]
 
+# %% ../nbs/02a_kernels.ipynb #_start
 @_compiled
 def _start(x, C, plan, eps, room):
     "Prepare a sample and its rolling sums; True if it is complete"
@@ -284,7 +292,7 @@ def _start(x, C, plan, eps, room):
         _half_known(room.mask, C, room.usable)
     return whole
 
-# %% ../nbs/02a_kernels.ipynb #_blend
+# %% ../nbs/02a_kernels.ipynb #_add_rolling
 @_compiled
 def _add_rolling(s1, s2, n, e, shifted, eps, blend, inverse):
     "blend += a e f, inverse += a e of one window: sums s1 and s2, n = 1/known, e = a e"
@@ -294,6 +302,7 @@ def _add_rolling(s1, s2, n, e, shifted, eps, blend, inverse):
         blend[j] += e[j]*(d/np.sqrt(max(s2[j]*n[j]-mean*mean+d*d*BEND, eps)))
     for j in range(len(shifted)): inverse[j] += e[j]
 
+# %% ../nbs/02a_kernels.ipynb #_add_residual
 @_compiled
 def _add_residual(a, usable, residual, blend, inverse):
     for j in range(len(residual)): blend[j] += a[j]*usable[j]*residual[j]
@@ -304,7 +313,7 @@ def _divide(blend, inverse):
     for j in range(len(blend)): inverse[j] = ONE/inverse[j] if inverse[j] > ZERO else ZERO
     for j in range(len(blend)): blend[j] *= inverse[j]
 
-# %% ../nbs/02a_kernels.ipynb #_blend_all
+# %% ../nbs/02a_kernels.ipynb #_blend
 @_compiled
 def _blend(windows, at, min_obs, eps, spread, whole, room):
     "Fill blend and inverse of the room; 1/n and a e [2, W, L C] of this sample"
@@ -326,7 +335,7 @@ def _blend(windows, at, min_obs, eps, spread, whole, room):
     _divide(room.blend, room.inverse)
     return shares
 
-# %% ../nbs/02a_kernels.ipynb #fan_forward
+# %% ../nbs/02a_kernels.ipynb #_gated
 @_compiled
 def _gated(value, blend, mask, gate, out):
     for j in range(len(out)): out[j] = value[j]+gate[j]*((blend[j]-value[j])*mask[j])
@@ -336,6 +345,7 @@ def _centre_sample(room, C):
     room.centred[:] = room.shifted
     _centre(room.centred, room.mask, C)
 
+# %% ../nbs/02a_kernels.ipynb #fan_forward
 @_compiled
 def fan_forward(x, weights, gate, windows, at, plan, Q, QT, bin_weight, min_obs, eps, chosen, y):
     "y [N, L C] from x [N, L C], weights [W or W+1, C], gate [C]; fills chosen [N, k, C], k >= 0"
@@ -369,6 +379,7 @@ class _Slopes(NamedTuple):
     d:np.ndarray      # of its d
     sums:np.ndarray   # [2, P, L C] of the rolling sums of x and x²
 
+# %% ../nbs/02a_kernels.ipynb #_make_slopes
 @_compiled
 def _make_slopes(size, P):
     row = np.empty((5, size), np.float32)
@@ -384,6 +395,7 @@ def _rolling_scores(s1, s2, n, shifted, eps, r, f):
         r[j] = ONE/np.sqrt(max(s2[j]*n[j]-mean*mean+d*d*BEND, eps))
     for j in range(len(shifted)): f[j] = (shifted[j]-s1[j]*n[j])*r[j]
 
+# %% ../nbs/02a_kernels.ipynb #_rolling_slopes
 @_compiled
 def _rolling_slopes(s1, n, e, slopes, g1, g2):
     "From f back to the window and to the sums: adds to direct, g1 and g2; r and d are used up"
@@ -400,7 +412,7 @@ def _rolling_slopes(s1, n, e, slopes, g1, g2):
     for j in range(size): g1[j] += (s1[j]*n[j]*r[j]-d[j])*n[j]
     for j in range(size): g2[j] += r[j]*n[j]
 
-# %% ../nbs/02a_kernels.ipynb #_residual_slopes
+# %% ../nbs/02a_kernels.ipynb #_weight_slopes
 @_compiled
 def _weight_slopes(f, blend, G, e, out):
     for j in range(len(G)): out[j] += (f[j]-blend[j])*(G[j] if e[j] > ZERO else ZERO)
@@ -412,6 +424,7 @@ def _residual_weight_slopes(room, G, out):
     blend = room.blend
     for j in range(len(G)): out[j] += usable[j]*(residual[j]-blend[j])*G[j]
 
+# %% ../nbs/02a_kernels.ipynb #_residual_slopes
 @_compiled
 def _residual_slopes(room, slopes, a, C):
     "direct = the gradient through the Fourier residual, which is a projection"
@@ -456,6 +469,7 @@ def _gate_slopes(up, room, gate, G, by_gate):
     for j in range(len(up)): by_gate[j] += up[j]*mask[j]*(blend[j]-value[j])
     for j in range(len(up)): G[j] = up[j]*mask[j]*gate[j]*inverse[j]
 
+# %% ../nbs/02a_kernels.ipynb #_window_slopes
 @_compiled
 def _window_slopes(plan, C, up, room, gate, slopes, out):
     "out [L C]: the gradient of the sample"
@@ -496,14 +510,7 @@ def fan_backward(x, g, weights, gate, windows, at, plan, QT, min_obs, eps, chose
     for w in range(len(weights)): _add_steps(by_weight[w], C, gweights[w])
     _add_steps(by_gate, C, ggate)
 
-# %% ../nbs/02a_kernels.ipynb #_Slices
-class _Slices(NamedTuple):
-    "Statistics of the sample in hand, [K, C] each"
-    mean:np.ndarray
-    r:np.ndarray         # 1/deviation
-    w:np.ndarray         # weight, 0 where too little is known
-    inverse_n:np.ndarray # 1/known steps
-
+# %% ../nbs/02a_kernels.ipynb #_slice_sums
 @_compiled
 def _slice_sums(shifted, mask, lo, hi, s1, s2, n):
     "Sums of x, x² and known steps over lo .. hi-1, [C] each"
@@ -517,6 +524,14 @@ def _slice_sums(shifted, mask, lo, hi, s1, s2, n):
         for c in range(C): s1[c] += x[c]
         for c in range(C): s2[c] += x[c]*x[c]
         for c in range(C): n[c] += m[c]
+
+# %% ../nbs/02a_kernels.ipynb #_Slices
+class _Slices(NamedTuple):
+    "Statistics of the sample in hand, [K, C] each"
+    mean:np.ndarray
+    r:np.ndarray         # 1/deviation
+    w:np.ndarray         # weight, 0 where too little is known
+    inverse_n:np.ndarray # 1/known steps
 
 # %% ../nbs/02a_kernels.ipynb #_slice_statistics
 @_compiled
@@ -571,6 +586,7 @@ class _SliceRoom(NamedTuple):
     G:np.ndarray       # gradient of u, over the sum of the weights
     direct:np.ndarray  # gradient of the window through u
 
+# %% ../nbs/02a_kernels.ipynb #_make_slice_room
 @_compiled
 def _make_slice_room(L, C):
     row = np.empty((7, L, C), np.float32)
@@ -586,7 +602,7 @@ def _start_slices(x, lo, hi, weights, min_obs, eps, room, slices):
     _slice_statistics(room.shifted, room.mask, lo, hi, weights, min_obs, eps, slices)
     _slice_scores(room.shifted, lo, hi, slices, room.score, room.inverse)
 
-# %% ../nbs/02a_kernels.ipynb #san_forward
+# %% ../nbs/02a_kernels.ipynb #_bent_and_gated
 @_compiled
 def _bent_and_gated(room, gate, rows):
     L, C = rows.shape
@@ -598,6 +614,7 @@ def _bent_and_gated(room, gate, rows):
         for c in range(C):
             out[c] = v[c]+gate[c]*((u[c]/np.sqrt(ONE+u[c]*u[c]*BEND)-v[c])*m[c])
 
+# %% ../nbs/02a_kernels.ipynb #san_forward
 @_compiled
 def san_forward(x, weights, gate, lo, hi, min_obs, eps, y):
     "y [N, L C] from x [N, L C], weights [K, C] and gate [C]"
@@ -629,13 +646,14 @@ def _bend_slopes(grad, room, gate, by_gate):
             b = ONE/np.sqrt(ONE+u[c]*u[c]*BEND)
             out[c] = up[c]*m[c]*gate[c]*(b*b*b)*total[c]
 
-# %% ../nbs/02a_kernels.ipynb #_slice_slopes
+# %% ../nbs/02a_kernels.ipynb #_SliceSlopes
 class _SliceSlopes(NamedTuple):
     "Gradients of the sample in hand, [K, C] each"
     weights:np.ndarray
     sums:np.ndarray    # of a slice's sum
     squares:np.ndarray # twice that of its sum of squares
 
+# %% ../nbs/02a_kernels.ipynb #_slice_slopes
 @_compiled
 def _slice_slopes(room, lo, hi, mu, r, by_weight, by_score, by_distance):
     "Sums over lo .. hi-1 of what a slice's weight and statistics need, [C] each"
@@ -663,6 +681,7 @@ def _slice_window_slopes(room, lo, hi, mu, r, w, n, square, sums):
         out = room.direct[t]
         for c in range(C): out[c] += G[c]*w[c]*r[c]+sums[c]+x[c]*square[c]
 
+# %% ../nbs/02a_kernels.ipynb #_all_slice_slopes
 @_compiled
 def _all_slice_slopes(lo, hi, wanted, room, slices, slopes):
     "Fill `slopes` and, if it is wanted, direct of the room"
@@ -683,7 +702,7 @@ def _all_slice_slopes(lo, hi, wanted, room, slices, slopes):
             n = slices.inverse_n[k]
             _slice_window_slopes(room, lo[k], hi[k], mu, r, w, n, square, sums)
 
-# %% ../nbs/02a_kernels.ipynb #san_backward
+# %% ../nbs/02a_kernels.ipynb #_slice_out
 @_compiled
 def _slice_out(grad, room, gate, rows):
     "rows [L, C]: the gradient of the sample"
@@ -695,6 +714,7 @@ def _slice_out(grad, room, gate, rows):
         d = room.direct[t]
         for c in range(C): out[c] = m[c]*(up[c]*(ONE-gate[c])+d[c])
 
+# %% ../nbs/02a_kernels.ipynb #san_backward
 @_compiled
 def san_backward(x, g, weights, gate, lo, hi, min_obs, eps, gx, gweights, ggate):
     "Gradients for g [N, L C]; gx of width 0 is not wanted; gweights, ggate (float64) are added to"
