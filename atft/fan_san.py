@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['AGGREGATIONS', 'FrequencySplit', 'main_frequency', 'SliceSplit', 'slice_normalize', 'RevIN', 'split_missing', 'Gate',
-           'from_first_known', 'rolling_sum', 'rolling_z', 'frequency_residual', 'FAN', 'slice_borders', 'SAN']
+           'from_first_known', 'rolling_sum', 'rolling_z', 'frequency_residual', 'GatedLayer', 'FAN', 'slice_borders',
+           'slice_z', 'SAN']
 
 # %% ../nbs/02_fan_san.ipynb #imports
 import math
@@ -30,6 +31,7 @@ class FrequencySplit(NamedTuple):
     residual:Tensor # [N, L, C] what is left
     x_main:Tensor   # [N, L, C] the k strongest frequencies
 
+# %% ../nbs/02_fan_san.ipynb #main_frequency
 def main_frequency(
     x:Tensor, # [N, L, C] complete and finite
     k:int,    # bins to remove, 1 .. L//2+1; the mean is bin 0 and takes part
@@ -53,6 +55,7 @@ class SliceSplit(NamedTuple):
     mean:Tensor   # [N, L/length, C]
     std:Tensor    # [N, L/length, C], unbiased
 
+# %% ../nbs/02_fan_san.ipynb #slice_normalize
 def slice_normalize(
     x:Tensor,        # [N, L, C] complete and finite
     length:int,      # steps in a slice; divides L
@@ -126,12 +129,13 @@ def from_first_known(
     first = x.detach().gather(1, where)  # what follows is invariant to it, so it takes no gradient
     return torch.where(known, (x-first).clamp(-HUGE, HUGE), 0)
 
-# %% ../nbs/02_fan_san.ipynb #rolling_sum
+# %% ../nbs/02_fan_san.ipynb #_earlier
 def _earlier(x, steps):
     "x [..., L, C] as it was `steps` steps before; 0 before the first"
     if steps >= x.shape[-2]: return torch.zeros_like(x)
     return nn.functional.pad(x, (0, 0, steps, -steps))
 
+# %% ../nbs/02_fan_san.ipynb #rolling_sum
 def rolling_sum(
     x:Tensor,   # [..., L, C]
     window:int, # steps
@@ -168,6 +172,7 @@ def _fourier(length, dtype, device):
     weights = torch.from_numpy(bin_weights(length)[:, None]).to(device, dtype)
     return Q, weights
 
+# %% ../nbs/02_fan_san.ipynb #frequency_residual
 def frequency_residual(
     x:Tensor, # [N, L, C] float32 or float64, NaN where unknown
     k:int,    # frequencies to remove besides the mean; limited to those the window has
@@ -196,6 +201,7 @@ def _in_chunks(n, work, size=64):
     if threads < 2: return [work(chunk) for chunk in chunks]
     with ThreadPoolExecutor(threads) as pool: return list(pool.map(work, chunks))
 
+# %% ../nbs/02_fan_san.ipynb #_rows
 def _rows(t): # [N, L, C] -> [N, L C], as numpy shares it
     return t.detach().contiguous().flatten(1).numpy()
 
@@ -223,7 +229,7 @@ def _gradients(ctx, gy, backward):
     ggate = _sum([part[1] for part in parts], gate)
     return gx, gweights, ggate
 
-# %% ../nbs/02_fan_san.ipynb #_plan
+# %% ../nbs/02_fan_san.ipynb #_Plan
 class _Plan(NamedTuple):
     "What the compiled FAN needs to know besides tensors, in its own order"
     windows:np.ndarray    # [W]
@@ -235,6 +241,7 @@ class _Plan(NamedTuple):
     min_obs:int
     eps:np.float32
 
+# %% ../nbs/02_fan_san.ipynb #_plan
 @lru_cache
 def _plan(windows, length, min_obs, eps):
     doubling, at = doubling_plan(windows)
@@ -249,15 +256,17 @@ class _CompiledFAN(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weights, gate, windows, k, min_obs, eps):
         ctx.save_for_backward(x, weights, gate)
-        N, L, C = x.shape
-        plan = ctx.plan = _plan(windows, L, min_obs, eps)
-        chosen = ctx.chosen = np.empty((N, min(k, L//2), C), np.uint32)
+        plan = _plan(windows, x.shape[1], min_obs, eps)
+        bins = min(k, x.shape[1]//2)
+        chosen = np.empty((len(x), bins, x.shape[2]), np.uint32)
+        ctx.plan = plan
+        ctx.chosen = chosen
         y = torch.empty(x.shape)
         rows = _rows(x)
         out = _rows(y)
         a = weights.detach().numpy()
         g = gate.detach().numpy()
-        _in_chunks(N, lambda c: fan_forward(rows[c], a, g, *plan, chosen[c], out[c]))
+        _in_chunks(len(x), lambda c: fan_forward(rows[c], a, g, *plan, chosen[c], out[c]))
         return y
 
     @staticmethod
@@ -266,29 +275,62 @@ class _CompiledFAN(torch.autograd.Function):
         p = ctx.plan
         rest = p.windows, p.at, p.doubling, p.QT, p.min_obs, p.eps
         def work(c, x, g, a, gate, *out): fan_backward(x, g, a, gate, *rest, ctx.chosen[c], *out)
-        gx, gweights, ggate = _gradients(ctx, gy, work)
-        return gx, gweights, ggate, None, None, None, None
+        return _gradients(ctx, gy, work)+(None, None, None, None)
 
 # %% ../nbs/02_fan_san.ipynb #_check_whole
-AGGREGATIONS = ('learned', 'equal')
-
 def _is_whole(value): return isinstance(value, Integral) and not isinstance(value, bool)
 
 def _check_whole(layer, name, value, least):
     if _is_whole(value) and value >= least: return int(value)
     raise AtftError(f'{layer}: {name}={value!r} must be a whole number and at least {least}')
 
+# %% ../nbs/02_fan_san.ipynb #_check_real
 def _check_real(layer, name, value, fits, limits):
     if isinstance(value, Real) and not isinstance(value, bool) and fits(value): return value
     raise AtftError(f'{layer}: {name}={value!r} must {limits}')
 
-def _check_eps(layer, eps):
-    return _check_real(layer, 'eps', eps, lambda e: 0 < e < math.inf, 'be a number above 0')
+# %% ../nbs/02_fan_san.ipynb #GatedLayer
+AGGREGATIONS = ('learned', 'equal')
 
-def _check_aggregation(layer, aggregation):
-    if aggregation in AGGREGATIONS: return aggregation
-    known = ' or '.join(AGGREGATIONS)
-    raise AtftError(f'{layer}: aggregation {aggregation!r} is not known; use {known}')
+class GatedLayer(nn.Module):
+    "What FAN and SAN have in common"
+    def __init__(self,
+        channels:int,    # C
+        candidates:int,  # that are blended in each channel
+        min_obs:int,     # known steps that a statistic needs
+        aggregation:str, # learned: softmax weights per channel; or equal ones
+        eps:float,       # added to the variance
+    ):
+        super().__init__()
+        name = type(self).__name__
+        channels = _check_whole(name, 'channels', channels, 1)
+        self.min_obs = _check_whole(name, 'min_obs', min_obs, 1)
+        self.eps = _check_real(name, 'eps', eps, lambda e: 0 < e < math.inf, 'be a number above 0')
+        if aggregation not in AGGREGATIONS:
+            known = ' or '.join(AGGREGATIONS)
+            raise AtftError(f'{name}: aggregation {aggregation!r} is not known; use {known}')
+        self.aggregation = aggregation
+        learned = aggregation == 'learned'
+        self.blend = nn.Parameter(torch.zeros(candidates, channels), requires_grad=learned)
+        self.gate = Gate(channels)
+
+# %% ../nbs/02_fan_san.ipynb #GatedLayer-plain
+@patch
+def plain(self:GatedLayer, x:Tensor)->Tensor: # [N, L, C] -> the same
+    "`forward` in plain tensor operations; statistics in float32 at least"
+    wide = x if x.dtype == torch.float64 else x.float()
+    with torch.autocast(x.device.type, enabled=False):
+        values, known = split_missing(wide)
+        y = self.gate(values, self.scores(wide), known)
+    return y.to(x.dtype)
+
+# %% ../nbs/02_fan_san.ipynb #GatedLayer-forward
+@patch
+def forward(self:GatedLayer,
+    x:Tensor, # [N, L, C], NaN where unknown
+)->Tensor:    # [N, L, C], 0 where unknown
+    if _runs_compiled(x): return self.compiled(x)
+    return self.plain(x)
 
 # %% ../nbs/02_fan_san.ipynb #_check_windows
 def _check_windows(windows, frequencies):
@@ -307,30 +349,25 @@ def _check_windows(windows, frequencies):
     return tuple(int(w) for w in windows)
 
 # %% ../nbs/02_fan_san.ipynb #FAN
-class FAN(nn.Module):
+class FAN(GatedLayer):
     "Rolling windows and main frequencies, blended per channel, behind a gate that is zero at birth"
     def __init__(self,
         channels:int,                        # C
-        windows:tuple[int, ...]=(5, 10, 20), # rolling, in steps; one longer than L uses all there are
+        windows:tuple[int, ...]=(5, 10, 20), # in steps; one longer than L uses all that are there
         frequencies:int=1,                   # the Fourier candidate removes; 0: no such candidate
         min_obs:int=3,                       # known steps that a rolling statistic needs
         aggregation:str='learned',           # softmax weights per channel, or equal ones
         eps:float=1e-2,                      # added to the variance; features are standardised
     ):
-        super().__init__()
-        channels = _check_whole('FAN', 'channels', channels, 1)
-        self.frequencies = _check_whole('FAN', 'frequencies', frequencies, 0)
-        self.windows = _check_windows(windows, self.frequencies)
-        self.min_obs = _check_whole('FAN', 'min_obs', min_obs, 1)
-        self.aggregation = _check_aggregation('FAN', aggregation)
-        self.eps = _check_eps('FAN', eps)
-        self.kept = self.windows
-        candidates = len(self.windows)+(self.frequencies > 0)
-        learned = aggregation == 'learned'
-        self.blend = nn.Parameter(torch.zeros(candidates, channels), requires_grad=learned)
-        self.gate = Gate(channels)
+        frequencies = _check_whole('FAN', 'frequencies', frequencies, 0)
+        windows = _check_windows(windows, frequencies)
+        candidates = len(windows)+(frequencies > 0)
+        super().__init__(channels, candidates, min_obs, aggregation, eps)
+        self.windows = windows
+        self.kept = windows
+        self.frequencies = frequencies
 
-# %% ../nbs/02_fan_san.ipynb #FAN-weights
+# %% ../nbs/02_fan_san.ipynb #FAN-keep
 @patch
 def keep(self:FAN, windows:tuple[int, ...]|None=None)->FAN: # None: all
     "Blend only these rolling windows from now on (and the Fourier candidate, if there is one)"
@@ -341,6 +378,7 @@ def keep(self:FAN, windows:tuple[int, ...]|None=None)->FAN: # None: all
     self.kept = kept
     return self
 
+# %% ../nbs/02_fan_san.ipynb #FAN-weights
 @patch
 def weights(self:FAN)->Tensor: # [W+1, C], adding up to 1 over the candidates
     "How much of each window (and of the Fourier residual, last) a channel uses"
@@ -366,26 +404,18 @@ def candidates(self:FAN,
     eligible = torch.stack([enough for _, enough in parts], 1)
     return normalized, eligible
 
-def _wide(x): return x if x.dtype == torch.float64 else x.float()
-
+# %% ../nbs/02_fan_san.ipynb #FAN-scores
 @patch
-def plain(self:FAN, x:Tensor)->Tensor:
-    "`forward` in plain tensor operations; statistics in float32 at least"
-    wide = _wide(x)
-    with torch.autocast(x.device.type, enabled=False):
-        z, eligible = self.candidates(wide)
-        a = self.weights()[:, None]*eligible
-        total = a.sum(1)
-        values, known = split_missing(wide)
-        y = self.gate(values, (a*z).sum(1)/torch.where(total > 0, total, 1), known)
-    return y.to(x.dtype)
+def scores(self:FAN, x:Tensor)->Tensor: # [N, L, C] with NaN -> [N, L, C]
+    "The blend of the eligible candidates; 0 where there are none"
+    z, eligible = self.candidates(x)
+    a = self.weights()[:, None]*eligible
+    total = a.sum(1)
+    return (a*z).sum(1)/torch.where(total > 0, total, 1)
 
-# %% ../nbs/02_fan_san.ipynb #FAN-forward
+# %% ../nbs/02_fan_san.ipynb #FAN-compiled
 @patch
-def forward(self:FAN,
-    x:Tensor, # [N, L, C], NaN where unknown
-)->Tensor:    # [N, L, C], 0 where unknown
-    if not _runs_compiled(x): return self.plain(x)
+def compiled(self:FAN, x:Tensor)->Tensor: # [N, L, C] with NaN -> [N, L, C]
     options = self.windows, self.frequencies, self.min_obs, self.eps
     return _CompiledFAN.apply(x, self.weights(), self.gate.opening(), *options)
 
@@ -407,13 +437,45 @@ def slice_borders(
         after.append(min(hi+wider, length))
     return np.array(first), np.array(after)
 
+# %% ../nbs/02_fan_san.ipynb #_mean_and_scale
+def _mean_and_scale(part, n, eps):
+    "Of a slice [N, hi-lo, C] with n known steps [N, 1, C]: its mean and 1/deviation, [N, 1, C] both"
+    n = n.clamp(min=1)
+    mean = part.sum(1, keepdim=True)/n
+    var = part.square().sum(1, keepdim=True)/n-mean.square()
+    return mean, (var.clamp(min=0)+eps).rsqrt()
+
+# %% ../nbs/02_fan_san.ipynb #slice_z
+def slice_z(
+    shifted:Tensor,    # [N, L, C] from `from_first_known`
+    known:Tensor,      # [N, L, C]
+    borders:tuple,     # from `slice_borders`
+    weights:Tensor,    # [K, C]
+    min_obs:int=3,     # known steps that a slice's statistics need
+    eps:float=1e-2,    # added to the variance
+)->Tensor:             # [N, L, C], 0 where no slice knows enough
+    "Each step by the statistics of the slices that cover it, in plain tensor operations"
+    m = known.to(shifted.dtype)
+    score = torch.zeros_like(shifted)
+    total = torch.zeros_like(shifted)
+    for lo, hi, a in zip(*borders, weights):
+        part = shifted[:, lo:hi]
+        n = m[:, lo:hi].sum(1, keepdim=True)
+        mean, r = _mean_and_scale(part, n, eps)
+        w = torch.where(n >= min_obs, a, 0)
+        around = (0, 0, int(lo), shifted.shape[1]-int(hi))
+        score = score+nn.functional.pad(w*(part-mean)*r, around)
+        total = total+nn.functional.pad(w.expand(-1, hi-lo, -1), around)
+    score = score/torch.where(total > 0, total, 1)
+    return score*(1+score.square()/LIMIT**2).rsqrt()
+
 # %% ../nbs/02_fan_san.ipynb #_CompiledSAN
 class _CompiledSAN(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weights, gate, borders, min_obs, eps):
+    def forward(ctx, x, weights, gate, lo, hi, min_obs, eps):
         ctx.save_for_backward(x, weights, gate)
-        lo, hi = borders
-        rest = ctx.rest = lo, hi, min_obs, np.float32(eps)
+        rest = lo, hi, min_obs, np.float32(eps)
+        ctx.rest = rest
         y = torch.empty(x.shape)
         rows = _rows(x)
         out = _rows(y)
@@ -426,11 +488,10 @@ class _CompiledSAN(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gy):
         def work(c, x, g, a, gate, *out): san_backward(x, g, a, gate, *ctx.rest, *out)
-        gx, gweights, ggate = _gradients(ctx, gy, work)
-        return gx, gweights, ggate, None, None, None
+        return _gradients(ctx, gy, work)+(None, None, None, None)
 
 # %% ../nbs/02_fan_san.ipynb #SAN
-class SAN(nn.Module):
+class SAN(GatedLayer):
     "Slice statistics that cover the whole window, behind a gate that is zero at birth"
     def __init__(self,
         channels:int,              # C
@@ -440,61 +501,22 @@ class SAN(nn.Module):
         aggregation:str='learned', # where slices overlap: softmax per channel, or equal weights
         eps:float=1e-2,            # added to the variance; features are standardised
     ):
-        super().__init__()
-        channels = _check_whole('SAN', 'channels', channels, 1)
-        self.slices = _check_whole('SAN', 'slices', slices, 1)
+        slices = _check_whole('SAN', 'slices', slices, 1)
+        super().__init__(channels, slices, min_obs, aggregation, eps)
+        self.slices = slices
         self.overlap = _check_real('SAN', 'overlap', overlap, lambda o: 0 <= o < 1, 'lie in [0, 1)')
-        self.min_obs = _check_whole('SAN', 'min_obs', min_obs, 1)
-        self.aggregation = _check_aggregation('SAN', aggregation)
-        self.eps = _check_eps('SAN', eps)
-        learned = aggregation == 'learned'
-        self.blend = nn.Parameter(torch.zeros(self.slices, channels), requires_grad=learned)
-        self.gate = Gate(channels)
 
     def weights(self, length:int)->Tensor: # [K, C], adding up to 1
         "Whose statistics count where slices overlap"
         return self.blend[:min(self.slices, length)].softmax(0)
 
-# %% ../nbs/02_fan_san.ipynb #SAN-scores
-@patch
-def scores(self:SAN, x:Tensor)->Tensor: # x [N, L, C] with NaN -> [N, L, C]
-    "Each step by the statistics of the slices that cover it, in plain tensor operations"
-    values, known = split_missing(x)
-    shifted = from_first_known(values, known)
-    m = known.to(x.dtype)
-    L = x.shape[1]
-    a = self.weights(L)
-    score = torch.zeros_like(shifted)
-    total = torch.zeros_like(shifted)
-    for k, (lo, hi) in enumerate(zip(*slice_borders(L, self.slices, self.overlap))):
-        part = shifted[:, lo:hi]
-        n = m[:, lo:hi].sum(1, keepdim=True)
-        mean = part.sum(1, keepdim=True)/n.clamp(min=1)
-        var = part.square().sum(1, keepdim=True)/n.clamp(min=1)-mean.square()
-        r = (var.clamp(min=0)+self.eps).rsqrt()
-        w = torch.where(n >= self.min_obs, a[k], 0)
-        around = (0, 0, int(lo), L-int(hi))
-        score = score+nn.functional.pad(w*(part-mean)*r, around)
-        total = total+nn.functional.pad(w.expand(-1, hi-lo, -1), around)
-    score = score/torch.where(total > 0, total, 1)
-    return score*(1+score.square()/LIMIT**2).rsqrt()
+    def scores(self, x:Tensor)->Tensor: # [N, L, C] with NaN -> [N, L, C]
+        values, known = split_missing(x)
+        borders = slice_borders(x.shape[1], self.slices, self.overlap)
+        shifted = from_first_known(values, known)
+        return slice_z(shifted, known, borders, self.weights(x.shape[1]), self.min_obs, self.eps)
 
-# %% ../nbs/02_fan_san.ipynb #SAN-forward
-@patch
-def plain(self:SAN, x:Tensor)->Tensor:
-    "`forward` in plain tensor operations; statistics in float32 at least"
-    wide = _wide(x)
-    with torch.autocast(x.device.type, enabled=False):
-        values, known = split_missing(wide)
-        y = self.gate(values, self.scores(wide), known)
-    return y.to(x.dtype)
-
-@patch
-def forward(self:SAN,
-    x:Tensor, # [N, L, C], NaN where unknown
-)->Tensor:    # [N, L, C], 0 where unknown
-    if not _runs_compiled(x): return self.plain(x)
-    L = x.shape[1]
-    borders = slice_borders(L, self.slices, self.overlap)
-    options = borders, self.min_obs, self.eps
-    return _CompiledSAN.apply(x, self.weights(L), self.gate.opening(), *options)
+    def compiled(self, x:Tensor)->Tensor: # [N, L, C] with NaN -> [N, L, C]
+        borders = slice_borders(x.shape[1], self.slices, self.overlap)
+        inputs = x, self.weights(x.shape[1]), self.gate.opening()
+        return _CompiledSAN.apply(*inputs, *borders, self.min_obs, self.eps)

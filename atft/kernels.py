@@ -150,7 +150,8 @@ def _centre(z, mask, C):
 @_compiled
 def _amplitudes(X, weights, amplitude):
     "amplitude [L//2, C], squared and weighted, of the spectrum X [2 (L//2), C]"
-    half, C = amplitude.shape
+    half = len(amplitude)
+    C = amplitude.shape[1]
     for f in range(half):
         a = amplitude[f]
         re = X[f]
@@ -162,7 +163,8 @@ def _amplitudes(X, weights, amplitude):
 @_compiled
 def _strongest(amplitude, top, chosen):
     "chosen [k, C]: the bins of largest amplitude, the largest first; amplitude is used up"
-    half, C = amplitude.shape
+    half = len(amplitude)
+    C = amplitude.shape[1]
     for j in range(len(chosen)):
         best = chosen[j]
         top[:] = -ONE
@@ -349,7 +351,7 @@ def _centre_sample(room, C):
 @_compiled
 def fan_forward(x, weights, gate, windows, at, plan, Q, QT, bin_weight, min_obs, eps, chosen, y):
     "y [N, L C] from x [N, L C], weights [W or W+1, C], gate [C]; fills chosen [N, k, C], k >= 0"
-    N, size = x.shape
+    size = x.shape[1]
     C = len(gate)
     k = chosen.shape[1]
     room = _make_room(size, len(plan), k)
@@ -357,7 +359,7 @@ def fan_forward(x, weights, gate, windows, at, plan, Q, QT, bin_weight, min_obs,
     spectrum = np.empty((len(Q), C), np.float32)
     amplitude = np.empty((len(Q)//2, C), np.float32)
     top = np.empty(C, np.float32)
-    for i in range(N):
+    for i in range(len(x)):
         whole = _start(x[i], C, plan, eps, room)
         if k:
             _centre_sample(room, C)
@@ -488,7 +490,7 @@ def _window_slopes(plan, C, up, room, gate, slopes, out):
 def fan_backward(x, g, weights, gate, windows, at, plan, QT, min_obs, eps, chosen,
                  gx, gweights, ggate):
     "Gradients for g [N, L C]; gx of width 0 is not wanted; gweights, ggate (float64) are added to"
-    N, size = x.shape
+    size = x.shape[1]
     C = len(gate)
     k = chosen.shape[1]
     wanted = gx.shape[1] > 0
@@ -497,7 +499,7 @@ def fan_backward(x, g, weights, gate, windows, at, plan, QT, min_obs, eps, chose
     spread = _spread(windows, weights, gate, min_obs, size)
     by_weight = np.zeros((len(weights), size), np.float32)
     by_gate = np.zeros(size, np.float32)
-    for i in range(N):
+    for i in range(len(x)):
         whole = _start(x[i], C, plan, eps, room)
         if k:
             _centre_sample(room, C)
@@ -556,7 +558,8 @@ def _slice_statistics(shifted, mask, lo, hi, weights, min_obs, eps, slices):
 @_compiled
 def _slice_scores(shifted, lo, hi, slices, score, inverse):
     "score [L, C] before bending; inverse [L, C] = 1/sum of the weights at a step, 0 if none"
-    L, C = shifted.shape
+    L = len(shifted)
+    C = shifted.shape[1]
     score[:] = ZERO
     inverse[:] = ZERO
     for k in range(len(lo)):
@@ -605,8 +608,8 @@ def _start_slices(x, lo, hi, weights, min_obs, eps, room, slices):
 # %% ../nbs/02a_kernels.ipynb #_bent_and_gated
 @_compiled
 def _bent_and_gated(room, gate, rows):
-    L, C = rows.shape
-    for t in range(L):
+    C = len(gate)
+    for t in range(len(rows)):
         out = rows[t]
         v = room.value[t]
         u = room.score[t]
@@ -618,13 +621,14 @@ def _bent_and_gated(room, gate, rows):
 @_compiled
 def san_forward(x, weights, gate, lo, hi, min_obs, eps, y):
     "y [N, L C] from x [N, L C], weights [K, C] and gate [C]"
-    N, size = x.shape
-    K, C = weights.shape
+    size = x.shape[1]
+    K = len(weights)
+    C = len(gate)
     L = size//C
     room = _make_slice_room(L, C)
     small = np.empty((4, K, C), np.float32)
     slices = _Slices(small[0], small[1], small[2], small[3])
-    for i in range(N):
+    for i in range(len(x)):
         _start_slices(x[i], lo, hi, weights, min_obs, eps, room, slices)
         _bent_and_gated(room, gate, y[i].reshape(L, C))
 
@@ -632,8 +636,8 @@ def san_forward(x, weights, gate, lo, hi, min_obs, eps, y):
 @_compiled
 def _bend_slopes(grad, room, gate, by_gate):
     "Fill G of the room from the gradient of the output; by_gate [C] is added to"
-    L, C = grad.shape
-    for t in range(L):
+    C = len(gate)
+    for t in range(len(grad)):
         up = grad[t]
         v = room.value[t]
         u = room.score[t]
@@ -706,8 +710,8 @@ def _all_slice_slopes(lo, hi, wanted, room, slices, slopes):
 @_compiled
 def _slice_out(grad, room, gate, rows):
     "rows [L, C]: the gradient of the sample"
-    L, C = rows.shape
-    for t in range(L):
+    C = len(gate)
+    for t in range(len(rows)):
         out = rows[t]
         up = grad[t]
         m = room.mask[t]
@@ -718,8 +722,9 @@ def _slice_out(grad, room, gate, rows):
 @_compiled
 def san_backward(x, g, weights, gate, lo, hi, min_obs, eps, gx, gweights, ggate):
     "Gradients for g [N, L C]; gx of width 0 is not wanted; gweights, ggate (float64) are added to"
-    N, size = x.shape
-    K, C = weights.shape
+    size = x.shape[1]
+    K = len(weights)
+    C = len(gate)
     L = size//C
     wanted = gx.shape[1] > 0
     room = _make_slice_room(L, C)
@@ -727,7 +732,7 @@ def san_backward(x, g, weights, gate, lo, hi, min_obs, eps, gx, gweights, ggate)
     slices = _Slices(small[0], small[1], small[2], small[3])
     slopes = _SliceSlopes(small[4], small[5], small[6])
     by_gate = np.empty(C, np.float32)
-    for i in range(N):
+    for i in range(len(x)):
         _start_slices(x[i], lo, hi, weights, min_obs, eps, room, slices)
         grad = g[i].reshape(L, C)
         by_gate[:] = ZERO
