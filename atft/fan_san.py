@@ -439,7 +439,7 @@ def slice_borders(
 
 # %% ../nbs/02_fan_san.ipynb #_mean_and_scale
 def _mean_and_scale(part, n, eps):
-    "Of a slice [N, hi-lo, C] with n known steps [N, 1, C]: its mean and 1/deviation, [N, 1, C] both"
+    "Of a slice [N, hi-lo, C] with n known steps [N, 1, C]: mean and 1/deviation [N, 1, C]"
     n = n.clamp(min=1)
     mean = part.sum(1, keepdim=True)/n
     var = part.square().sum(1, keepdim=True)/n-mean.square()
