@@ -15,56 +15,116 @@ import torch
 
 from .core import AtftError, atomic_path
 
-# %% ../nbs/03e_checkpoint.ipynb #_sum_of
-def _sum_of(path): return path.with_name(path.name+'.sha256')
+# %% ../nbs/03e_checkpoint.ipynb #previous
 def previous(path:Path)->Path: # a.pt -> a.previous.pt
     "Where the checkpoint before this one is kept"
     return path.with_name(f'{path.stem}.previous{path.suffix}')
 
-def _is_whole(path, content): return _sum_of(path).exists() and hashlib.sha256(content).hexdigest() == _sum_of(path).read_text()[:64]
+def _sum_of(path): return path.with_name(path.name+'.sha256')
 
+def _is_whole(path, content):
+    if not _sum_of(path).exists(): return False
+    return hashlib.sha256(content).hexdigest() == _sum_of(path).read_text()[:64]
+
+# %% ../nbs/03e_checkpoint.ipynb #_keep_previous
+def _keep_previous(path):
+    "A second name for the checkpoint that is there, with a sum of its own"
+    kept = previous(path)
+    text = _sum_of(path).read_text().replace(path.name, kept.name)
+    with atomic_path(kept) as temp: os.link(path, temp)
+    with atomic_path(_sum_of(kept)) as temp: temp.write_text(text)
+
+# %% ../nbs/03e_checkpoint.ipynb #save_state
 def save_state(
     path:str|Path,
     state:dict, # tensors, numbers, strings, and lists and dicts of them
 ):
     "Write a checkpoint and its SHA-256; the one that was there is kept as `previous`"
-    path, buffer = Path(path), io.BytesIO()
+    path = Path(path)
+    buffer = io.BytesIO()
     torch.save(state, buffer)
     content = buffer.getbuffer()
-    if path.exists() and _is_whole(path, path.read_bytes()):  # one that a kill left behind half replaced must not push out the good one
-        with atomic_path(previous(path)) as temp: os.link(path, temp)
-        with atomic_path(_sum_of(previous(path))) as temp: temp.write_text(_sum_of(path).read_text().replace(path.name, previous(path).name))
-    with atomic_path(_sum_of(path)) as temp: temp.write_text(f'{hashlib.sha256(content).hexdigest()}  {path.name}\n')
+    if path.exists() and _is_whole(path, path.read_bytes()): _keep_previous(path)
+    line = f'{hashlib.sha256(content).hexdigest()}  {path.name}\n'
+    with atomic_path(_sum_of(path)) as temp: temp.write_text(line)
     with atomic_path(path) as temp: temp.write_bytes(content)
 
+# %% ../nbs/03e_checkpoint.ipynb #_fail
+def _fail(path, what, fix='train its phase again'):
+    return AtftError(f'checkpoint {path} {what}; {fix}')
+
+# %% ../nbs/03e_checkpoint.ipynb #_read_whole
+def _read_whole(path):
+    "The bytes, if they agree with the sum beside them"
+    try: content = path.read_bytes()
+    except OSError as e:
+        raise _fail(path, f'cannot be read ({os.strerror(e.errno)})') from None
+    if not _sum_of(path).exists():
+        name = path.name
+        raise _fail(path, 'has no .sha256 beside it, so nobody knows whether it is whole',
+                    f'copy {name}.sha256 too, or if you trust the file:'
+                    f' sha256sum {name} > {name}.sha256')
+    if not _is_whole(path, content):
+        raise _fail(path, 'is damaged: its SHA-256 is not the one written beside it')
+    return content
+
 # %% ../nbs/03e_checkpoint.ipynb #_read_verified
+_FOREIGN = (EOFError, KeyError, RuntimeError, ValueError, AttributeError, IndexError,
+            pickle.UnpicklingError)
+
 def _read_verified(path, version):
     "The state, or an AtftError that says what is wrong"
-    fail = lambda what, fix='train its phase again': AtftError(f'checkpoint {path} {what}; {fix}')
-    try: content = path.read_bytes()
-    except OSError as e: raise fail(f'cannot be read ({os.strerror(e.errno)})') from None
-    if not _sum_of(path).exists(): raise fail('has no .sha256 beside it, so nobody knows whether it is whole', f'copy {path.name}.sha256 too, or if you trust the file: sha256sum {path.name} > {path.name}.sha256')
-    if not _is_whole(path, content): raise fail('is damaged: its SHA-256 is not the one written beside it')
+    content = _read_whole(path)
+    ours = 'give a checkpoint that this package wrote'
     try: state = torch.load(io.BytesIO(content), map_location='cpu', weights_only=True)
-    except (EOFError, KeyError, RuntimeError, ValueError, AttributeError, IndexError, pickle.UnpicklingError) as e:
-        raise fail(f'is not a file of weights ({type(e).__name__}); nothing in it was run', 'give a checkpoint that this package wrote') from None
-    if not isinstance(state, dict) or state.get('version') != version: raise fail(f'is not one of this version ({version})')
+    except _FOREIGN as e:
+        what = f'is not a file of weights ({type(e).__name__}); nothing in it was run'
+        raise _fail(path, what, ours) from None
+    if not isinstance(state, dict) or 'version' not in state:
+        raise _fail(path, 'does not say which format it has', ours)
+    if state['version'] != version:
+        raise _fail(path, f'was written in format {state["version"]} of checkpoints,'
+                          f' this package reads {version}')
     return state
 
+# %% ../nbs/03e_checkpoint.ipynb #load_state
 def load_state(
     path:str|Path,
-    version:int,        # of the format: `state['version']`
+    version:int,          # of the format: `state['version']`
     fall_back:bool=False, # read the previous one, and say so, if this one is missing or damaged
 )->dict:
     "Read a checkpoint whose SHA-256 agrees; code in it is never run (`weights_only=True`)"
     path = Path(path)
     try: return _read_verified(path, version)
-    except AtftError as first:
+    except AtftError as error:
         if not fall_back or not previous(path).exists(): raise
-        try: state = _read_verified(previous(path), version)
-        except AtftError: raise first from None
-        print(f'{first}\ncontinuing from {previous(path).name}, the one before', file=sys.stderr, flush=True)
-        return state
+        first = error
+    try: state = _read_verified(previous(path), version)
+    except AtftError: raise first from None
+    note = f'{first}\ncontinuing from {previous(path).name}, the one before'
+    print(note, file=sys.stderr, flush=True)
+    return state
+
+# %% ../nbs/03e_checkpoint.ipynb #_open_lock
+def _open_lock(path, folder):
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return open(path, 'a+')
+    except OSError as e:
+        raise AtftError(f'cannot write run folder {folder}: {os.strerror(e.errno)};'
+                        ' choose another run_dir') from None
+
+# %% ../nbs/03e_checkpoint.ipynb #_take
+def _take(lock, folder, told, alive):
+    "Hold the open lock file, or say who does"
+    try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise AtftError(
+            f'run folder {folder} is in use by {told or "another process"}, last sign of life'
+            f' {alive}; wait for it, stop it, or give another run_dir') from None
+    if told:
+        print(f'the last run in {folder} ({told}, last sign of life {alive}) did not end in order;'
+              ' continuing from its checkpoints', file=sys.stderr, flush=True)
 
 # %% ../nbs/03e_checkpoint.ipynb #only_one
 @contextmanager
@@ -73,20 +133,14 @@ def only_one(
 ): # a function to call now and then: a sign of life
     "Hold the folder; refuse if another run does"
     path = Path(folder)/'run.lock'
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(path, 'a+')
-    except OSError as e: raise AtftError(f'cannot write run folder {folder}: {os.strerror(e.errno)}; choose another run_dir') from None
-    with lock:
+    with _open_lock(path, folder) as lock:
         lock.seek(0)
         told = lock.read().strip()
         alive = f'{datetime.fromtimestamp(path.stat().st_mtime):%Y-%m-%d %H:%M:%S}'
-        try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise AtftError(f'run folder {folder} is in use by {told or "another process"}, last sign of life {alive}; wait for it, stop it, or give another run_dir') from None
-        if told: print(f'the last run in {folder} ({told}, last sign of life {alive}) did not end in order; continuing from its checkpoints', file=sys.stderr, flush=True)
+        _take(lock, folder, told, alive)
+        now = f'{datetime.now():%Y-%m-%d %H:%M:%S}'
         lock.truncate(0)
-        lock.write(f'process {os.getpid()} on {platform.node()}, started {datetime.now():%Y-%m-%d %H:%M:%S}')
+        lock.write(f'process {os.getpid()} on {platform.node()}, started {now}')
         lock.flush()
         yield lambda: os.utime(path)
         lock.truncate(0)  # not reached when the run fails: then the next one is told
@@ -102,9 +156,10 @@ class StopFlag:
     "`asked` is the number of the signal that came, or 0"
     asked = 0
 
+# %% ../nbs/03e_checkpoint.ipynb #stop_on_signals
 @contextmanager
 def stop_on_signals():
-    "A `StopFlag` that Ctrl-C and SIGTERM raise; in a thread that is not the main one, signals stay as they are"
+    "A `StopFlag` that Ctrl-C and SIGTERM raise; outside the main thread signals stay as they are"
     flag = StopFlag()
     if threading.current_thread() is not threading.main_thread():
         yield flag
@@ -112,7 +167,7 @@ def stop_on_signals():
     def handle(number, frame):
         if flag.asked and number == signal.SIGINT: raise KeyboardInterrupt
         flag.asked = number
-    before = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try: yield flag
     finally:
-        for n, h in before.items(): signal.signal(n, h)
+        for number, handler in before.items(): signal.signal(number, handler)

@@ -10,42 +10,48 @@ import torch
 from torch import Tensor
 
 # %% ../nbs/00g_correlation.ipynb #average_rank
-MIN_NAMES = 5  # a day with fewer scored and labelled codes has no rank IC and no loss
-
 def average_rank(
     x:Tensor, # [..., N], NaN where not there
 )->Tensor:    # [..., N] 1-based ranks among the known values, ties averaged, NaN stays
-    "Processes along the last axis"
+    "Ranks along the last axis"
     value, order = x.sort(dim=-1)  # NaN sorts last
     place = torch.arange(x.shape[-1], device=x.device).expand_as(value)
-    new = torch.ones_like(value, dtype=torch.bool)
-    new[..., 1:] = value[..., 1:] != value[..., :-1]
-    first = torch.where(new, place, 0).cummax(-1).values
-    ends = torch.cat([new[..., 1:], torch.ones_like(new[..., :1])], -1)
-    last = torch.where(ends, place, x.shape[-1]).flip(-1).cummin(-1).values.flip(-1)
-    rank = torch.empty_like(value).scatter_(-1, order, (first+last).to(value.dtype)/2+1)
+    begins = torch.ones_like(value, dtype=torch.bool)
+    begins[..., 1:] = value[..., 1:] != value[..., :-1]
+    ends = torch.cat([begins[..., 1:], torch.ones_like(begins[..., :1])], -1)
+    first = torch.where(begins, place, 0).cummax(-1).values
+    backwards = torch.where(ends, place, x.shape[-1]).flip(-1)
+    last = backwards.cummin(-1).values.flip(-1)
+    mean_place = (first+last).to(value.dtype)/2+1
+    rank = torch.empty_like(value).scatter_(-1, order, mean_place)
     return torch.where(x.isnan(), torch.nan, rank)
 
 # %% ../nbs/00g_correlation.ipynb #pearson
+MIN_NAMES = 5  # a day with fewer scored and labelled codes has no rank IC and no loss
+
 def pearson(
-    a:Tensor, # [..., N]
-    b:Tensor, # [..., N]
-    min_names:int=MIN_NAMES,
-)->Tensor:    # [...] in [-1, 1]; NaN with fewer than `min_names` pairs, 0 where one side is constant
+    a:Tensor,                # [..., N]
+    b:Tensor,                # [..., N]
+    min_names:int=MIN_NAMES, # pairs that a day needs
+)->Tensor:                   # [...] in [-1, 1]; NaN with too few pairs, 0 if one side is constant
     "Correlation along the last axis over pairs where both are there"
     both = a.isfinite() & b.isfinite()
     n = both.sum(-1, keepdim=True)
-    centre = lambda v: torch.where(both, v-torch.where(both, v, 0).sum(-1, keepdim=True)/n.clamp(min=1), 0)
-    a, b = centre(a), centre(b)
+    def centred(v):
+        mean = torch.where(both, v, 0).sum(-1, keepdim=True)/n.clamp(min=1)
+        return torch.where(both, v-mean, 0)
+    a = centred(a)
+    b = centred(b)
     norm = (a.square().sum(-1)*b.square().sum(-1)).clamp(min=1e-24).sqrt()
     return torch.where(n.squeeze(-1) >= min_names, (a*b).sum(-1)/norm, torch.nan)
 
+# %% ../nbs/00g_correlation.ipynb #rank_ic
 def rank_ic(
-    score:Tensor,  # [..., N]
-    target:Tensor, # [..., N] realised returns
-    min_names:int=MIN_NAMES,
-)->Tensor:         # [...] Spearman correlation; NaN with fewer than `min_names` pairs, 0 for a constant score
-    "Rank IC of each day: the number every model here is judged by"
+    score:Tensor,            # [..., N]
+    target:Tensor,           # [..., N] realised returns
+    min_names:int=MIN_NAMES, # pairs that a day needs
+)->Tensor:                   # [...] in [-1, 1]; NaN with too few pairs, 0 for a constant score
+    "Rank IC of each day (Spearman's correlation): the number every model here is judged by"
     both = score.isfinite() & target.isfinite()
-    rank = lambda v: average_rank(torch.where(both, v.double(), torch.nan))
-    return pearson(rank(score), rank(target), min_names)
+    def ranks(v): return average_rank(torch.where(both, v.double(), torch.nan))
+    return pearson(ranks(score), ranks(target), min_names)

@@ -4,16 +4,19 @@
 
 # %% auto #0
 __all__ = ['AGGREGATIONS', 'FrequencySplit', 'main_frequency', 'SliceSplit', 'slice_normalize', 'RevIN', 'split_missing', 'Gate',
-           'from_first_known', 'rolling_sum', 'rolling_z', 'frequency_residual', 'FAN', 'slice_borders', 'SAN']
+           'from_first_known', 'rolling_sum', 'rolling_z', 'frequency_residual', 'GatedLayer', 'FAN', 'slice_borders',
+           'slice_z', 'SAN']
 
 # %% ../nbs/02_fan_san.ipynb #imports
 import math
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -28,15 +31,20 @@ class FrequencySplit(NamedTuple):
     residual:Tensor # [N, L, C] what is left
     x_main:Tensor   # [N, L, C] the k strongest frequencies
 
+# %% ../nbs/02_fan_san.ipynb #main_frequency
 def main_frequency(
     x:Tensor, # [N, L, C] complete and finite
     k:int,    # bins to remove, 1 .. L//2+1; the mean is bin 0 and takes part
 )->FrequencySplit:
-    "Split each channel of each window into its `k` strongest Fourier components and the rest (FAN, NeurIPS 2024)"
+    "Split each channel of each window into its `k` strongest frequencies and the rest (FAN, 2024)"
     L = x.shape[1]
-    if not 1 <= k <= L//2+1: raise AtftError(f'main_frequency: k={k} is not in 1 .. {L//2+1}, the bins of a window of {L} steps')
+    bins = L//2+1
+    if not 1 <= k <= bins:
+        raise AtftError(f'main_frequency: k={k} is not in 1 .. {bins},'
+                        f' the bins of a window of {L} steps')
     X = torch.fft.rfft(x, dim=1)
-    keep = torch.zeros(X.shape, dtype=torch.bool, device=x.device).scatter_(1, X.abs().topk(k, dim=1).indices, True)
+    strongest = X.abs().topk(k, dim=1).indices
+    keep = torch.zeros(X.shape, dtype=torch.bool, device=x.device).scatter_(1, strongest, True)
     main = torch.fft.irfft(torch.where(keep, X, 0), n=L, dim=1)
     return FrequencySplit(x-main, main)
 
@@ -47,6 +55,7 @@ class SliceSplit(NamedTuple):
     mean:Tensor   # [N, L/length, C]
     std:Tensor    # [N, L/length, C], unbiased
 
+# %% ../nbs/02_fan_san.ipynb #slice_normalize
 def slice_normalize(
     x:Tensor,        # [N, L, C] complete and finite
     length:int,      # steps in a slice; divides L
@@ -54,10 +63,14 @@ def slice_normalize(
 )->SliceSplit:
     "Normalize each slice of each channel by its own statistics (SAN, NeurIPS 2023)"
     N, L, C = x.shape
-    if length < 2 or L % length: raise AtftError(f'slice_normalize: length={length} must be at least 2 and divide the window of {L} steps')
+    if length < 2 or L % length:
+        raise AtftError(f'slice_normalize: length={length} must be at least 2'
+                        f' and divide the window of {L} steps')
     slices = x.reshape(N, L//length, length, C)
-    mean, std = slices.mean(2, keepdim=True), slices.std(2, keepdim=True)
-    return SliceSplit(((slices-mean)/(std+eps)).reshape(N, L, C), mean.squeeze(2), std.squeeze(2))
+    mean = slices.mean(2, keepdim=True)
+    std = slices.std(2, keepdim=True)
+    x_norm = ((slices-mean)/(std+eps)).reshape(N, L, C)
+    return SliceSplit(x_norm, mean.squeeze(2), std.squeeze(2))
 
 # %% ../nbs/02_fan_san.ipynb #RevIN
 class RevIN(nn.Module):
@@ -72,14 +85,17 @@ class RevIN(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels)) if affine else None
         self.bias = nn.Parameter(torch.zeros(channels)) if affine else None
 
-    def normalize(self, x:Tensor): # [N, L, C] -> the same, and (mean, deviation) [N, 1, C] for the way back
-        statistics = x.mean(1, keepdim=True), (x.var(1, keepdim=True)+self.eps).sqrt()
-        x = (x-statistics[0])/statistics[1]
-        return (x if self.weight is None else x*self.weight+self.bias), statistics
+    def normalize(self, x:Tensor): # [N, L, C] -> the same; mean and deviation [N, 1, C]
+        mean = x.mean(1, keepdim=True)
+        deviation = (x.var(1, keepdim=True)+self.eps).sqrt()
+        z = (x-mean)/deviation
+        if self.weight is not None: z = z*self.weight+self.bias
+        return z, (mean, deviation)
 
     def denormalize(self, x:Tensor, statistics): # the exact inverse of `normalize`
+        mean, deviation = statistics
         if self.weight is not None: x = (x-self.bias)/self.weight
-        return x*statistics[1]+statistics[0]
+        return x*deviation+mean
 
 # %% ../nbs/02_fan_san.ipynb #split_missing
 def split_missing(
@@ -89,6 +105,7 @@ def split_missing(
     known = x.isfinite()
     return torch.where(known, x, 0), known
 
+# %% ../nbs/02_fan_san.ipynb #Gate
 class Gate(nn.Module):
     "y = x + tanh|g| (F - x), one g per channel, zero at birth"
     def __init__(self, channels:int): # C
@@ -99,28 +116,36 @@ class Gate(nn.Module):
         "How far it is open; the slope at 0 is 1, so that a closed gate learns"
         return torch.where(self.g < 0, -self.g, self.g).tanh()
 
-    def forward(self, x:Tensor, F:Tensor, known:Tensor): return x + self.opening()*torch.where(known, F-x, 0)
+    def forward(self, x:Tensor, F:Tensor, known:Tensor): # [N, L, C] each
+        return x + self.opening()*torch.where(known, F-x, 0)
 
 # %% ../nbs/02_fan_san.ipynb #from_first_known
 def from_first_known(
     x:Tensor,     # [N, L, C], 0 where unknown
     known:Tensor, # [N, L, C]
 )->Tensor:        # [N, L, C], 0 where unknown
-    "x minus the first known value of its row; causal, unlike subtracting the mean. What follows is invariant to it, so it takes no gradient"
-    first = x.detach().gather(1, known.to(torch.uint8).argmax(1, keepdim=True))
+    "x minus the first known value of its row; causal, unlike subtracting the mean"
+    where = known.to(torch.uint8).argmax(1, keepdim=True)
+    first = x.detach().gather(1, where)  # what follows is invariant to it, so it takes no gradient
     return torch.where(known, (x-first).clamp(-HUGE, HUGE), 0)
+
+# %% ../nbs/02_fan_san.ipynb #_earlier
+def _earlier(x, steps):
+    "x [..., L, C] as it was `steps` steps before; 0 before the first"
+    if steps >= x.shape[-2]: return torch.zeros_like(x)
+    return nn.functional.pad(x, (0, 0, steps, -steps))
 
 # %% ../nbs/02_fan_san.ipynb #rolling_sum
 def rolling_sum(
-    x:Tensor, # [..., L, C]
-    window:int,
-)->Tensor:    # [..., L, C]: step t adds steps t-window+1 .. t; a window longer than L adds all there is
+    x:Tensor,   # [..., L, C]
+    window:int, # steps
+)->Tensor:      # [..., L, C]: step t adds steps t-window+1 .. t, or all there are
     "Sums over the last `window` steps, in log2(window) additions"
-    earlier = lambda a, steps: nn.functional.pad(a, (0, 0, steps, -steps)) if steps < a.shape[-2] else torch.zeros_like(a)
     if window == 1: return x
     half = rolling_sum(x, window//2)
-    total = half+earlier(half, window//2)
-    return total+earlier(x, window-1) if window % 2 else total
+    total = half+_earlier(half, window//2)
+    if window % 2: total = total+_earlier(x, window-1)
+    return total
 
 # %% ../nbs/02_fan_san.ipynb #rolling_z
 def rolling_z(
@@ -130,144 +155,269 @@ def rolling_z(
     min_obs:int=3,         # known steps a statistic needs; a shorter window needs all of its own
     eps:float=1e-2,        # added to the variance, in squared units of a standardised feature
 )->tuple[Tensor, Tensor]:  # z [N, L, C]; where it rests on enough steps [N, L, C]
-    "Distance from the rolling mean in rolling deviations, over known steps only, using steps <= t at step t"
+    "Distance from the rolling mean in rolling deviations, over known steps <= t at step t"
     m = known.to(shifted.dtype)
-    total, squares, n = rolling_sum(torch.stack([shifted, shifted.square()+eps*m, m]), window).unbind(0)
+    rows = torch.stack([shifted, shifted.square()+eps*m, m])
+    total, squares, n = rolling_sum(rows, window).unbind(0)
     mean = total/n.clamp(min=1)
-    var, d = squares/n.clamp(min=1)-mean.square(), shifted-mean
-    return d*(var+d.square()/LIMIT**2).clamp(min=eps).rsqrt(), n >= min(min_obs, window)
+    var = squares/n.clamp(min=1)-mean.square()
+    d = shifted-mean
+    z = d*(var+d.square()/LIMIT**2).clamp(min=eps).rsqrt()
+    return z, n >= min(min_obs, window)
 
 # %% ../nbs/02_fan_san.ipynb #_fourier
 @lru_cache
-def _fourier(length, dtype, device): return [torch.from_numpy(a).to(device, dtype) for a in (fourier_rows(length), bin_weights(length)[:, None])]
+def _fourier(length, dtype, device):
+    Q = torch.from_numpy(fourier_rows(length)).to(device, dtype)
+    weights = torch.from_numpy(bin_weights(length)[:, None]).to(device, dtype)
+    return Q, weights
 
+# %% ../nbs/02_fan_san.ipynb #frequency_residual
 def frequency_residual(
     x:Tensor, # [N, L, C] float32 or float64, NaN where unknown
     k:int,    # frequencies to remove besides the mean; limited to those the window has
 )->Tensor:    # [N, L, C], finite
     "`main_frequency` for windows with gaps, of which the mean is always removed and not counted"
+    half = x.shape[1]//2
+    k = min(k, half)
     values, known = split_missing(x)
-    near, n = from_first_known(values, known), known.sum(1, keepdim=True).clamp(min=1)
+    near = from_first_known(values, known)
+    n = known.sum(1, keepdim=True).clamp(min=1)
     z = torch.where(known, near-near.sum(1, keepdim=True)/n, 0)
-    k, half = min(k, x.shape[1]//2), x.shape[1]//2
     if not k: return z
     Q, weights = _fourier(x.shape[1], x.dtype, x.device)
     X = (Q @ z).unflatten(1, (2, half))
     amplitude = X.detach().square().sum(1)*weights
-    return z - Q.T @ (X*(amplitude >= amplitude.topk(k, 1).values[:, -1:])[:, None]).flatten(1, 2)
+    strongest = amplitude >= amplitude.topk(k, 1).values[:, -1:]
+    return z - Q.T @ (X*strongest[:, None]).flatten(1, 2)
 
-# %% ../nbs/02_fan_san.ipynb #_compiled
-def _compiled(x): return x.device.type == 'cpu' and x.dtype == torch.float32
+# %% ../nbs/02_fan_san.ipynb #_in_chunks
+def _runs_compiled(x): return x.device.type == 'cpu' and x.dtype == torch.float32
 
 def _in_chunks(n, work, size=64):
     "work(slice) for every chunk, on torch's number of threads; results in order"
     chunks = [slice(i, min(i+size, n)) for i in range(0, n, size)]
     threads = min(torch.get_num_threads(), len(chunks))
-    if threads < 2: return [work(c) for c in chunks]
+    if threads < 2: return [work(chunk) for chunk in chunks]
     with ThreadPoolExecutor(threads) as pool: return list(pool.map(work, chunks))
 
-def _rows(t, like): # [N, L C] as numpy shares it; of width 0 for None
-    return np.empty((len(like), 0), np.float32) if t is None else t.detach().contiguous().view(len(like), -1).numpy()
+# %% ../nbs/02_fan_san.ipynb #_rows
+def _rows(t): # [N, L, C] -> [N, L C], as numpy shares it
+    return t.detach().contiguous().flatten(1).numpy()
 
-def _sum(parts, like): return torch.from_numpy(np.sum(parts, 0).astype(np.float32)) if parts else torch.zeros_like(like)
+def _sum(parts, like):
+    if not parts: return torch.zeros_like(like)
+    return torch.from_numpy(np.sum(parts, 0).astype(np.float32))
 
-def _gradients(ctx, gy, backward): # backward(chunk, x, g, weights, gate, gx, gweights, ggate) fills gx and adds to the last two
+# %% ../nbs/02_fan_san.ipynb #_gradients
+def _gradients(ctx, gy, backward):
     "Gradients of x, if it is wanted, and of weights and gate, chunk by chunk"
     x, weights, gate = ctx.saved_tensors
     gx = torch.empty(x.shape) if ctx.needs_input_grad[0] else None
-    (X, G, GX), a, g = (_rows(t, x) for t in (x, gy, gx)), weights.detach().numpy(), gate.detach().numpy()
-    def work(c):
-        ga, gg = np.zeros(a.shape), np.zeros(g.shape)
-        backward(c, X[c], G[c], a, g, GX[c], ga, gg)
-        return ga, gg
+    rows = _rows(x)
+    grad_rows = _rows(gy)
+    out_rows = np.empty((len(x), 0), np.float32) if gx is None else _rows(gx)
+    a = weights.detach().numpy()
+    g = gate.detach().numpy()
+    def work(chunk):
+        by_weight = np.zeros(a.shape)
+        by_gate = np.zeros(g.shape)
+        backward(chunk, rows[chunk], grad_rows[chunk], a, g, out_rows[chunk], by_weight, by_gate)
+        return by_weight, by_gate
     parts = _in_chunks(len(x), work)
-    return gx, _sum([p for p, _ in parts], weights), _sum([p for _, p in parts], gate)
+    gweights = _sum([part[0] for part in parts], weights)
+    ggate = _sum([part[1] for part in parts], gate)
+    return gx, gweights, ggate
 
+# %% ../nbs/02_fan_san.ipynb #_Plan
+class _Plan(NamedTuple):
+    "What the compiled FAN needs to know besides tensors, in its own order"
+    windows:np.ndarray    # [W]
+    at:np.ndarray         # [W] rows of `doubling`
+    doubling:np.ndarray   # [P, 3]
+    Q:np.ndarray          # [2 (L//2), L]
+    QT:np.ndarray         # [L, 2 (L//2)]
+    bin_weight:np.ndarray # [L//2]
+    min_obs:int
+    eps:np.float32
+
+# %% ../nbs/02_fan_san.ipynb #_plan
 @lru_cache
-def _plans(windows, length, min_obs, eps):
-    "What the compiled FAN needs to know besides tensors"
-    plan, at = doubling_plan(windows)
-    rolling, rest, Q = (np.array(windows, np.int64), at, plan), (min_obs, np.float32(eps)), fourier_rows(length).astype(np.float32)
+def _plan(windows, length, min_obs, eps):
+    doubling, at = doubling_plan(windows)
+    Q = fourier_rows(length).astype(np.float32)
     QT = np.ascontiguousarray(Q.T)
-    return (*rolling, Q, QT, bin_weights(length).astype(np.float32), *rest), (*rolling, QT, *rest)  # on the way there, on the way back
+    bin_weight = bin_weights(length).astype(np.float32)
+    sizes = np.array(windows, np.int64)
+    return _Plan(sizes, at, doubling, Q, QT, bin_weight, min_obs, np.float32(eps))
 
+# %% ../nbs/02_fan_san.ipynb #_CompiledFAN
 class _CompiledFAN(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weights, gate, windows, k, min_obs, eps):
         ctx.save_for_backward(x, weights, gate)
-        (there, ctx.back), y = _plans(windows, x.shape[1], min_obs, eps), torch.empty(x.shape)
-        ctx.chosen = np.empty((len(x), min(k, x.shape[1]//2), x.shape[2]), np.uint32)
-        X, Y, a, g = _rows(x, x), _rows(y, x), weights.detach().numpy(), gate.detach().numpy()
-        _in_chunks(len(x), lambda c: fan_forward(X[c], a, g, *there, ctx.chosen[c], Y[c]))
+        plan = _plan(windows, x.shape[1], min_obs, eps)
+        bins = min(k, x.shape[1]//2)
+        chosen = np.empty((len(x), bins, x.shape[2]), np.uint32)
+        ctx.plan = plan
+        ctx.chosen = chosen
+        y = torch.empty(x.shape)
+        rows = _rows(x)
+        out = _rows(y)
+        a = weights.detach().numpy()
+        g = gate.detach().numpy()
+        _in_chunks(len(x), lambda c: fan_forward(rows[c], a, g, *plan, chosen[c], out[c]))
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gy):
-        return *_gradients(ctx, gy, lambda c, x, g, a, gate, *out: fan_backward(x, g, a, gate, *ctx.back, ctx.chosen[c], *out)), None, None, None, None
+        p = ctx.plan
+        rest = p.windows, p.at, p.doubling, p.QT, p.min_obs, p.eps
+        def work(c, x, g, a, gate, *out): fan_backward(x, g, a, gate, *rest, ctx.chosen[c], *out)
+        return _gradients(ctx, gy, work)+(None, None, None, None)
 
-# %% ../nbs/02_fan_san.ipynb #_check_aggregation
+# %% ../nbs/02_fan_san.ipynb #_check_whole
+def _is_whole(value): return isinstance(value, Integral) and not isinstance(value, bool)
+
+def _check_whole(layer, name, value, least):
+    if _is_whole(value) and value >= least: return int(value)
+    raise AtftError(f'{layer}: {name}={value!r} must be a whole number and at least {least}')
+
+# %% ../nbs/02_fan_san.ipynb #_check_real
+def _check_real(layer, name, value, fits, limits):
+    if isinstance(value, Real) and not isinstance(value, bool) and fits(value): return value
+    raise AtftError(f'{layer}: {name}={value!r} must {limits}')
+
+# %% ../nbs/02_fan_san.ipynb #GatedLayer
 AGGREGATIONS = ('learned', 'equal')
 
-def _check_aggregation(layer, aggregation):
-    if aggregation not in AGGREGATIONS: raise AtftError(f'{layer}: aggregation {aggregation!r} is not known; use {" or ".join(AGGREGATIONS)}')
-    return aggregation
-
-class FAN(nn.Module):
-    "Adaptive normalization by rolling windows and main frequencies, blended per channel, behind a gate that is zero at birth"
+class GatedLayer(nn.Module):
+    "What FAN and SAN have in common"
     def __init__(self,
-        channels:int,                            # C
-        windows:tuple[int, ...]=(5, 10, 20),     # rolling windows in steps; one longer than L uses all steps there are
-        frequencies:int=1,                       # main frequencies removed by the Fourier candidate; 0: no such candidate
-        min_obs:int=3,                           # known steps that a rolling statistic needs
-        aggregation:str='learned',               # of the candidates: softmax weights per channel, or equal ones
-        eps:float=1e-2,                          # added to the variance, in squared units of a standardised feature
+        channels:int,    # C
+        candidates:int,  # that are blended in each channel
+        min_obs:int,     # known steps that a statistic needs
+        aggregation:str, # learned: softmax weights per channel; or equal ones
+        eps:float,       # added to the variance
     ):
         super().__init__()
-        if not windows and not frequencies: raise AtftError('FAN: no windows and no frequencies leave nothing to blend')
-        if any(w < 2 for w in windows): raise AtftError(f'FAN: window {min(windows)} is too short; a deviation needs at least 2 steps')
-        self.windows, self.frequencies, self.min_obs, self.eps = tuple(windows), frequencies, min_obs, eps
-        self.aggregation, self.kept = _check_aggregation('FAN', aggregation), self.windows
-        self.blend = nn.Parameter(torch.zeros(len(windows)+(frequencies > 0), channels), requires_grad=aggregation == 'learned')
+        name = type(self).__name__
+        channels = _check_whole(name, 'channels', channels, 1)
+        self.min_obs = _check_whole(name, 'min_obs', min_obs, 1)
+        self.eps = _check_real(name, 'eps', eps, lambda e: 0 < e < math.inf, 'be a number above 0')
+        if aggregation not in AGGREGATIONS:
+            known = ' or '.join(AGGREGATIONS)
+            raise AtftError(f'{name}: aggregation {aggregation!r} is not known; use {known}')
+        self.aggregation = aggregation
+        learned = aggregation == 'learned'
+        self.blend = nn.Parameter(torch.zeros(candidates, channels), requires_grad=learned)
         self.gate = Gate(channels)
 
-    def keep(self, windows:tuple[int, ...]|None=None)->'FAN': # None: all
-        "Blend only these of the rolling windows from now on (and the Fourier candidate, if there is one)"
-        kept = self.windows if windows is None else tuple(windows)
-        if not set(kept) <= set(self.windows) or not kept and not self.frequencies:
-            raise AtftError(f'FAN: cannot keep windows {kept} of {self.windows}; name some of them')
-        self.kept = kept
-        return self
+# %% ../nbs/02_fan_san.ipynb #GatedLayer-plain
+@patch
+def plain(self:GatedLayer, x:Tensor)->Tensor: # [N, L, C] -> the same
+    "`forward` in plain tensor operations; statistics in float32 at least"
+    wide = x if x.dtype == torch.float64 else x.float()
+    with torch.autocast(x.device.type, enabled=False):
+        values, known = split_missing(wide)
+        y = self.gate(values, self.scores(wide), known)
+    return y.to(x.dtype)
 
-    def weights(self)->Tensor: # [W+1, C], adding up to 1 over the candidates
-        "How much of each window (and of the Fourier residual, last) a channel uses"
-        if self.kept == self.windows: return self.blend.softmax(0)
-        out = torch.tensor([w not in self.kept for w in self.windows]+[False]*(self.frequencies > 0), device=self.blend.device)
-        return self.blend.masked_fill(out[:, None], -torch.inf).softmax(0)
+# %% ../nbs/02_fan_san.ipynb #GatedLayer-forward
+@patch
+def forward(self:GatedLayer,
+    x:Tensor, # [N, L, C], NaN where unknown
+)->Tensor:    # [N, L, C], 0 where unknown
+    if _runs_compiled(x): return self.compiled(x)
+    return self.plain(x)
 
-    def candidates(self, x:Tensor)->tuple[Tensor, Tensor]: # x [N, L, C] with NaN -> normalized, and which are eligible: [N, W+1, L, C] both
-        "What is blended, in plain tensor operations"
-        values, known = split_missing(x)
-        shifted = from_first_known(values, known)
-        parts = [rolling_z(shifted, known, w, self.min_obs, self.eps) for w in self.windows]
-        if self.frequencies: parts.append((frequency_residual(x, self.frequencies), (2*known.sum(1, keepdim=True) >= x.shape[1]).expand_as(known)))
-        return [torch.stack(p, 1) for p in zip(*parts)]
+# %% ../nbs/02_fan_san.ipynb #_check_windows
+def _check_windows(windows, frequencies):
+    "Rolling windows of FAN as a tuple of ints"
+    if not isinstance(windows, (tuple, list)) or not all(map(_is_whole, windows)):
+        raise AtftError(f'FAN: windows={windows!r} must be whole numbers of steps,'
+                        ' as in (5, 10, 20)')
+    if not windows and not frequencies:
+        raise AtftError('FAN: no windows and no frequencies leave nothing to blend')
+    short = [w for w in windows if w < 2]
+    if short:
+        raise AtftError(f'FAN: window {min(short)} is too short;'
+                        ' a deviation needs at least 2 steps')
+    if len(set(windows)) < len(windows):
+        raise AtftError(f'FAN: windows={tuple(windows)} names one twice; name each once')
+    return tuple(int(w) for w in windows)
 
-    def plain(self, x:Tensor)->Tensor:
-        "`forward` in plain tensor operations, for any device and type; statistics in float32 at least"
-        wide = x if x.dtype == torch.float64 else x.float()
-        with torch.autocast(x.device.type, enabled=False):
-            z, eligible = self.candidates(wide)
-            a = self.weights()[:, None]*eligible
-            values, known = split_missing(wide)
-            y = self.gate(values, (a*z).sum(1)/torch.where(a.sum(1) > 0, a.sum(1), 1), known)
-        return y.to(x.dtype)
+# %% ../nbs/02_fan_san.ipynb #FAN
+class FAN(GatedLayer):
+    "Rolling windows and main frequencies, blended per channel, behind a gate that is zero at birth"
+    def __init__(self,
+        channels:int,                        # C
+        windows:tuple[int, ...]=(5, 10, 20), # in steps; one longer than L uses all that are there
+        frequencies:int=1,                   # the Fourier candidate removes; 0: no such candidate
+        min_obs:int=3,                       # known steps that a rolling statistic needs
+        aggregation:str='learned',           # softmax weights per channel, or equal ones
+        eps:float=1e-2,                      # added to the variance; features are standardised
+    ):
+        frequencies = _check_whole('FAN', 'frequencies', frequencies, 0)
+        windows = _check_windows(windows, frequencies)
+        candidates = len(windows)+(frequencies > 0)
+        super().__init__(channels, candidates, min_obs, aggregation, eps)
+        self.windows = windows
+        self.kept = windows
+        self.frequencies = frequencies
 
-    def forward(self,
-        x:Tensor, # [N, L, C], NaN where unknown
-    )->Tensor:    # [N, L, C], 0 where unknown
-        if not _compiled(x): return self.plain(x)
-        return _CompiledFAN.apply(x, self.weights(), self.gate.opening(), self.windows, self.frequencies, self.min_obs, self.eps)
+# %% ../nbs/02_fan_san.ipynb #FAN-keep
+@patch
+def keep(self:FAN, windows:tuple[int, ...]|None=None)->FAN: # None: all
+    "Blend only these rolling windows from now on (and the Fourier candidate, if there is one)"
+    kept = self.windows if windows is None else tuple(windows)
+    nothing_left = not kept and not self.frequencies
+    if nothing_left or not set(kept) <= set(self.windows):
+        raise AtftError(f'FAN: cannot keep windows {kept} of {self.windows}; name some of them')
+    self.kept = kept
+    return self
+
+# %% ../nbs/02_fan_san.ipynb #FAN-weights
+@patch
+def weights(self:FAN)->Tensor: # [W+1, C], adding up to 1 over the candidates
+    "How much of each window (and of the Fourier residual, last) a channel uses"
+    if self.kept == self.windows: return self.blend.softmax(0)
+    dropped = [w not in self.kept for w in self.windows]
+    if self.frequencies: dropped.append(False)
+    dropped = torch.tensor(dropped, device=self.blend.device)
+    return self.blend.masked_fill(dropped[:, None], -torch.inf).softmax(0)
+
+# %% ../nbs/02_fan_san.ipynb #FAN-candidates
+@patch
+def candidates(self:FAN,
+    x:Tensor, # [N, L, C], NaN where unknown
+)->tuple[Tensor, Tensor]: # normalized, and which are eligible: [N, W+1, L, C] both
+    "What is blended, in plain tensor operations"
+    values, known = split_missing(x)
+    shifted = from_first_known(values, known)
+    parts = [rolling_z(shifted, known, w, self.min_obs, self.eps) for w in self.windows]
+    if self.frequencies:
+        half_known = 2*known.sum(1, keepdim=True) >= x.shape[1]
+        parts.append((frequency_residual(x, self.frequencies), half_known.expand_as(known)))
+    normalized = torch.stack([z for z, _ in parts], 1)
+    eligible = torch.stack([enough for _, enough in parts], 1)
+    return normalized, eligible
+
+# %% ../nbs/02_fan_san.ipynb #FAN-scores
+@patch
+def scores(self:FAN, x:Tensor)->Tensor: # [N, L, C] with NaN -> [N, L, C]
+    "The blend of the eligible candidates; 0 where there are none"
+    z, eligible = self.candidates(x)
+    a = self.weights()[:, None]*eligible
+    total = a.sum(1)
+    return (a*z).sum(1)/torch.where(total > 0, total, 1)
+
+# %% ../nbs/02_fan_san.ipynb #FAN-compiled
+@patch
+def compiled(self:FAN, x:Tensor)->Tensor: # [N, L, C] with NaN -> [N, L, C]
+    options = self.windows, self.frequencies, self.min_obs, self.eps
+    return _CompiledFAN.apply(x, self.weights(), self.gate.opening(), *options)
 
 # %% ../nbs/02_fan_san.ipynb #slice_borders
 def slice_borders(
@@ -277,70 +427,96 @@ def slice_borders(
 )->tuple[np.ndarray, np.ndarray]: # first steps [K], and the steps after the last [K]
     "Where slices begin and end: an exact partition, each part widened by the overlap"
     K = min(slices, length)
-    cut = [round(k*length/K) for k in range(K+1)]
-    wide = [round(overlap*(b-a)) for a, b in zip(cut, cut[1:])]
-    return np.array([max(a-w, 0) for a, w in zip(cut, wide)]), np.array([min(b+w, length) for b, w in zip(cut[1:], wide)])
+    first = []
+    after = []
+    for k in range(K):
+        lo = round(k*length/K)
+        hi = round((k+1)*length/K)
+        wider = round(overlap*(hi-lo))
+        first.append(max(lo-wider, 0))
+        after.append(min(hi+wider, length))
+    return np.array(first), np.array(after)
+
+# %% ../nbs/02_fan_san.ipynb #_mean_and_scale
+def _mean_and_scale(part, n, eps):
+    "Of a slice [N, hi-lo, C] with n known steps [N, 1, C]: mean and 1/deviation [N, 1, C]"
+    n = n.clamp(min=1)
+    mean = part.sum(1, keepdim=True)/n
+    var = part.square().sum(1, keepdim=True)/n-mean.square()
+    return mean, (var.clamp(min=0)+eps).rsqrt()
+
+# %% ../nbs/02_fan_san.ipynb #slice_z
+def slice_z(
+    shifted:Tensor,    # [N, L, C] from `from_first_known`
+    known:Tensor,      # [N, L, C]
+    borders:tuple,     # from `slice_borders`
+    weights:Tensor,    # [K, C]
+    min_obs:int=3,     # known steps that a slice's statistics need
+    eps:float=1e-2,    # added to the variance
+)->Tensor:             # [N, L, C], 0 where no slice knows enough
+    "Each step by the statistics of the slices that cover it, in plain tensor operations"
+    m = known.to(shifted.dtype)
+    score = torch.zeros_like(shifted)
+    total = torch.zeros_like(shifted)
+    for lo, hi, a in zip(*borders, weights):
+        part = shifted[:, lo:hi]
+        n = m[:, lo:hi].sum(1, keepdim=True)
+        mean, r = _mean_and_scale(part, n, eps)
+        w = torch.where(n >= min_obs, a, 0)
+        around = (0, 0, int(lo), shifted.shape[1]-int(hi))
+        score = score+nn.functional.pad(w*(part-mean)*r, around)
+        total = total+nn.functional.pad(w.expand(-1, hi-lo, -1), around)
+    score = score/torch.where(total > 0, total, 1)
+    return score*(1+score.square()/LIMIT**2).rsqrt()
 
 # %% ../nbs/02_fan_san.ipynb #_CompiledSAN
 class _CompiledSAN(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weights, gate, borders, min_obs, eps):
+    def forward(ctx, x, weights, gate, lo, hi, min_obs, eps):
         ctx.save_for_backward(x, weights, gate)
-        ctx.rest, y = (*borders, min_obs, np.float32(eps)), torch.empty(x.shape)
-        X, Y, a, g = _rows(x, x), _rows(y, x), weights.detach().numpy(), gate.detach().numpy()
-        _in_chunks(len(x), lambda c: san_forward(X[c], a, g, *ctx.rest, Y[c]))
+        rest = lo, hi, min_obs, np.float32(eps)
+        ctx.rest = rest
+        y = torch.empty(x.shape)
+        rows = _rows(x)
+        out = _rows(y)
+        a = weights.detach().numpy()
+        g = gate.detach().numpy()
+        _in_chunks(len(x), lambda c: san_forward(rows[c], a, g, *rest, out[c]))
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gy):
-        return *_gradients(ctx, gy, lambda c, x, g, a, gate, *out: san_backward(x, g, a, gate, *ctx.rest, *out)), None, None, None
+        def work(c, x, g, a, gate, *out): san_backward(x, g, a, gate, *ctx.rest, *out)
+        return _gradients(ctx, gy, work)+(None, None, None, None)
 
-class SAN(nn.Module):
-    "Adaptive normalization by slice statistics that cover the whole window, behind a gate that is zero at birth"
+# %% ../nbs/02_fan_san.ipynb #SAN
+class SAN(GatedLayer):
+    "Slice statistics that cover the whole window, behind a gate that is zero at birth"
     def __init__(self,
         channels:int,              # C
         slices:int=4,              # K slices; a window shorter than K has one per step
-        overlap:float=.25,         # share of a slice that it lends from each neighbour
+        overlap:float=.25,         # share of a slice that it lends from each neighbour, in [0, 1)
         min_obs:int=3,             # known steps that a slice's statistics need
-        aggregation:str='learned', # where slices overlap: softmax weights per slice and channel, or equal ones
-        eps:float=1e-2,            # added to the variance, in squared units of a standardised feature
+        aggregation:str='learned', # where slices overlap: softmax per channel, or equal weights
+        eps:float=1e-2,            # added to the variance; features are standardised
     ):
-        super().__init__()
-        if slices < 1: raise AtftError(f'SAN: slices={slices} must be at least 1')
-        if not 0 <= overlap < 1: raise AtftError(f'SAN: overlap={overlap} must lie in [0, 1)')
-        self.slices, self.overlap, self.min_obs, self.eps = slices, overlap, min_obs, eps
-        self.aggregation = _check_aggregation('SAN', aggregation)
-        self.blend = nn.Parameter(torch.zeros(slices, channels), requires_grad=aggregation == 'learned')
-        self.gate = Gate(channels)
+        slices = _check_whole('SAN', 'slices', slices, 1)
+        super().__init__(channels, slices, min_obs, aggregation, eps)
+        self.slices = slices
+        self.overlap = _check_real('SAN', 'overlap', overlap, lambda o: 0 <= o < 1, 'lie in [0, 1)')
 
     def weights(self, length:int)->Tensor: # [K, C], adding up to 1
         "Whose statistics count where slices overlap"
         return self.blend[:min(self.slices, length)].softmax(0)
 
-    def scores(self, x:Tensor)->Tensor: # x [N, L, C] with NaN -> [N, L, C]
-        "Each step by the statistics of the slices that cover it, in plain tensor operations"
+    def scores(self, x:Tensor)->Tensor: # [N, L, C] with NaN -> [N, L, C]
         values, known = split_missing(x)
-        shifted, m, a = from_first_known(values, known), known.to(x.dtype), self.weights(x.shape[1])
-        score, total = torch.zeros_like(shifted), torch.zeros_like(shifted)
-        for k, (lo, hi) in enumerate(zip(*slice_borders(x.shape[1], self.slices, self.overlap))):
-            part, n = shifted[:, lo:hi], m[:, lo:hi].sum(1, keepdim=True)
-            mean = part.sum(1, keepdim=True)/n.clamp(min=1)
-            r = ((part.square().sum(1, keepdim=True)/n.clamp(min=1)-mean.square()).clamp(min=0)+self.eps).rsqrt()
-            w = torch.where(n >= self.min_obs, a[k], 0)
-            around = (0, 0, int(lo), x.shape[1]-int(hi))
-            score, total = score+nn.functional.pad(w*(part-mean)*r, around), total+nn.functional.pad(w.expand(-1, hi-lo, -1), around)
-        score = score/torch.where(total > 0, total, 1)
-        return score*(1+score.square()/LIMIT**2).rsqrt()
+        borders = slice_borders(x.shape[1], self.slices, self.overlap)
+        shifted = from_first_known(values, known)
+        return slice_z(shifted, known, borders, self.weights(x.shape[1]), self.min_obs, self.eps)
 
-    def plain(self, x:Tensor)->Tensor:
-        "`forward` in plain tensor operations, for any device and type; statistics in float32 at least"
-        wide = x if x.dtype == torch.float64 else x.float()
-        with torch.autocast(x.device.type, enabled=False): y = self.gate(*(lambda v, known: (v, self.scores(wide), known))(*split_missing(wide)))
-        return y.to(x.dtype)
-
-    def forward(self,
-        x:Tensor, # [N, L, C], NaN where unknown
-    )->Tensor:    # [N, L, C], 0 where unknown
-        if not _compiled(x): return self.plain(x)
-        return _CompiledSAN.apply(x, self.weights(x.shape[1]), self.gate.opening(), slice_borders(x.shape[1], self.slices, self.overlap), self.min_obs, self.eps)
+    def compiled(self, x:Tensor)->Tensor: # [N, L, C] with NaN -> [N, L, C]
+        borders = slice_borders(x.shape[1], self.slices, self.overlap)
+        inputs = x, self.weights(x.shape[1]), self.gate.opening()
+        return _CompiledSAN.apply(*inputs, *borders, self.min_obs, self.eps)

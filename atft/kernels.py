@@ -7,15 +7,20 @@ __all__ = ['ZERO', 'ONE', 'HALF', 'LIMIT', 'BEND', 'HUGE', 'doubling_plan', 'fou
            'fan_backward', 'san_forward', 'san_backward']
 
 # %% ../nbs/02a_kernels.ipynb #imports
+from typing import NamedTuple
+
 import numpy as np
 from numba import njit
 
 # %% ../nbs/02a_kernels.ipynb #63e8e245
-ZERO, ONE, HALF = np.float32(0), np.float32(1), np.float32(.5)
-LIMIT = 8.                        # z-scores are bent into (-LIMIT, LIMIT)
+ZERO = np.float32(0)
+ONE = np.float32(1)
+HALF = np.float32(.5)
+LIMIT = 8.   # Z: z-scores are bent into (-LIMIT, LIMIT)
 BEND = np.float32(1/LIMIT**2)
-HUGE = 1e17                       # larger distances from the first value are cut: their squares would overflow float32
-_compiled = njit(nogil=True, cache=True, fastmath={'contract', 'nsz'}, error_model='numpy')
+HUGE = 1e17  # larger distances from the first value are cut: their squares would overflow float32
+_compiled = njit(nogil=True, cache=__name__ != '__main__', fastmath={'contract', 'nsz'},
+                 error_model='numpy')
 
 # %% ../nbs/02a_kernels.ipynb #_repeat
 @_compiled
@@ -24,23 +29,7 @@ def _repeat(row, out):
     C = len(row)
     for t in range(len(out)//C): out[t*C:(t+1)*C] = row
 
-@_compiled
-def _prepare(x, C, value, shifted, mask):
-    "Fill three [L C] rows from one sample; True if it is complete"
-    size, known, huge = len(x), 0, np.float32(HUGE)
-    for j in range(size): mask[j] = ONE if abs(x[j]) < np.inf else ZERO
-    for j in range(size): value[j] = x[j] if abs(x[j]) < np.inf else ZERO
-    for j in range(size): known += mask[j] > ZERO
-    first = value[:C].copy()
-    if known < size:
-        for c in range(C):
-            j = c
-            while j < size-C and mask[j] == ZERO: j += C
-            first[c] = value[j]
-    _repeat(first, shifted)
-    for j in range(size): shifted[j] = mask[j]*min(max(value[j]-shifted[j], -huge), huge)
-    return known == size
-
+# %% ../nbs/02a_kernels.ipynb #_add_steps
 @_compiled
 def _add_steps(parts, C, total):
     "total [C] += the sum over steps of parts [L C]"
@@ -48,19 +37,47 @@ def _add_steps(parts, C, total):
         row = parts[t*C:(t+1)*C]
         for c in range(C): total[c] += row[c]
 
+# %% ../nbs/02a_kernels.ipynb #_first_known
+@_compiled
+def _first_known(value, mask, first):
+    "first [C] from value and mask [L C]; 0 where a channel has none"
+    C = len(first)
+    last = len(value)-C
+    for c in range(C):
+        j = c
+        while j < last and mask[j] == ZERO: j += C
+        first[c] = value[j]
+
+# %% ../nbs/02a_kernels.ipynb #_prepare
+@_compiled
+def _prepare(x, C, value, shifted, mask):
+    "Fill three [L C] rows from one sample; True if it is complete"
+    size = len(x)
+    huge = np.float32(HUGE)
+    for j in range(size): mask[j] = ONE if abs(x[j]) < np.inf else ZERO
+    for j in range(size): value[j] = x[j] if abs(x[j]) < np.inf else ZERO
+    known = 0
+    for j in range(size): known += mask[j] > ZERO
+    first = value[:C].copy()
+    if known < size: _first_known(value, mask, first)
+    _repeat(first, shifted)
+    for j in range(size): shifted[j] = mask[j]*min(max(value[j]-shifted[j], -huge), huge)
+    return known == size
+
 # %% ../nbs/02a_kernels.ipynb #doubling_plan
 def doubling_plan(
     windows:tuple, # W sizes in steps
-):                 # plan [P, 3]: index of the half, its size, whether one more step is added; where each window's sum is [W]
+): # plan [P, 3]: row of the half, its size, 1 if one more step is added; each window's row [W]
     "How to get the sum over each window from sums over halves"
-    plan, index = [(0, 0, 0)], {1: 0}
-    def need(w):
-        if w not in index:
-            half = need(w//2)
-            index[w] = len(plan)
-            plan.append((half, w//2, w % 2))
-        return index[w]
-    at = [need(int(w)) for w in windows]
+    plan = [(0, 0, 0)]
+    row_of = {1: 0}
+    def row(size):
+        if size not in row_of:
+            half = row(size//2)
+            row_of[size] = len(plan)
+            plan.append((half, size//2, size % 2))
+        return row_of[size]
+    at = [row(int(window)) for window in windows]
     return np.array(plan), np.array(at, np.int64)
 
 # %% ../nbs/02a_kernels.ipynb #_add
@@ -68,67 +85,93 @@ def doubling_plan(
 def _add(a, b, out):
     for j in range(len(out)): out[j] = a[j]+b[j]
 
+# %% ../nbs/02a_kernels.ipynb #_rolling_sums
 @_compiled
 def _rolling_sums(plan, C, sums):
-    "sums [P, L C]: row 0 is given, the others follow; a window longer than what is there sums what is there"
+    "sums [P, L C]: row 0 is given, the others follow; a longer window sums what is there"
     size = sums.shape[1]
     for p in range(1, len(plan)):
-        half, h, odd = sums[plan[p, 0]], min(plan[p, 1]*C, size), plan[p, 2]
+        half = sums[plan[p, 0]]
+        odd = plan[p, 2]
+        h = min(plan[p, 1]*C, size)
         sums[p, :h] = half[:h]
         _add(half[h:], half[:size-h], sums[p, h:])
         if odd and 2*h < size: _add(sums[p, 2*h:], sums[0, :size-2*h], sums[p, 2*h:])
 
+# %% ../nbs/02a_kernels.ipynb #_rolling_sums_adjoint
 @_compiled
 def _rolling_sums_adjoint(plan, C, grads):
-    "The gradient of each sum is handed down to what it was made from, in place; row 0 is the input's"
+    "grads [P, L C] in place, from each sum to its half; row 0 becomes the input's"
     size = grads.shape[1]
     for p in range(len(plan)-1, 0, -1):
-        half, h, odd = grads[plan[p, 0]], min(plan[p, 1]*C, size), plan[p, 2]
+        half = grads[plan[p, 0]]
+        odd = plan[p, 2]
+        h = min(plan[p, 1]*C, size)
         _add(half, grads[p], half)
         _add(half[:size-h], grads[p, h:], half[:size-h])
-        if odd and 2*h < size: _add(grads[0, :size-2*h], grads[p, 2*h:], grads[0, :size-2*h])
+        if odd and 2*h < size:
+            _add(grads[0, :size-2*h], grads[p, 2*h:], grads[0, :size-2*h])
 
 # %% ../nbs/02a_kernels.ipynb #fourier_rows
 def fourier_rows(
     length:int, # L
-)->np.ndarray:  # [2 (L//2), L] float64: cosines of bins 1 .. L//2, then sines; for even L the last sine is zero
-    "An orthonormal basis of everything but the mean"
-    t, f = np.arange(length), np.arange(1, length//2+1)[:, None]
-    last = 2*f == length
-    norm, angle = np.sqrt((2-last)/length), 2*np.pi*f*t/length
+)->np.ndarray:  # [2 (L//2), L] float64: cosines of bins 1 .. L//2, then sines
+    "An orthonormal basis of everything but the mean; for even L the last sine is zero"
+    step = np.arange(length)
+    bins = np.arange(1, length//2+1)[:, None]
+    last = 2*bins == length
+    norm = np.sqrt((2-last)/length)
+    angle = 2*np.pi*bins*step/length
     return np.concatenate([norm*np.cos(angle), norm*np.sin(angle)*~last])
 
+# %% ../nbs/02a_kernels.ipynb #bin_weights
 def bin_weights(
     length:int, # L
 )->np.ndarray:  # [L//2] float64
-    "What squared coefficients of `fourier_rows` are weighted with to compare amplitudes of the FFT; of equal ones the lower frequency comes first"
-    f = np.arange(1, length//2+1)
-    return np.where(2*f == length, 2, 1)*(1-1e-6*f)
+    "What squared coefficients of `fourier_rows` are multiplied with to compare amplitudes"
+    bins = np.arange(1, length//2+1)
+    return np.where(2*bins == length, 2, 1)*(1-1e-6*bins)
 
 # %% ../nbs/02a_kernels.ipynb #_centre
 @_compiled
 def _centre(z, mask, C):
-    "Subtract each channel's mean over its known steps from z, in place; z is 0 where unknown and stays so"
-    total, n = np.zeros(C, np.float32), np.zeros(C, np.float32)
+    "Subtract each channel's mean over its known steps from z, in place; unknown steps stay 0"
+    total = np.zeros(C, np.float32)
+    n = np.zeros(C, np.float32)
     _add_steps(z, C, total)
     _add_steps(mask, C, n)
     for c in range(C): total[c] /= max(n[c], ONE)
     for t in range(len(z)//C):
-        row, m = z[t*C:(t+1)*C], mask[t*C:(t+1)*C]
+        row = z[t*C:(t+1)*C]
+        m = mask[t*C:(t+1)*C]
         for c in range(C): row[c] = (row[c]-total[c])*m[c]
 
+# %% ../nbs/02a_kernels.ipynb #_amplitudes
 @_compiled
-def _strongest(X, weights, amplitude, top, chosen):
-    "chosen [k, C]: the bins of largest amplitude in the spectrum X [2 (L//2), C], the largest first"
-    half, C = amplitude.shape
+def _amplitudes(X, weights, amplitude):
+    "amplitude [L//2, C], squared and weighted, of the spectrum X [2 (L//2), C]"
+    half = len(amplitude)
+    C = amplitude.shape[1]
     for f in range(half):
-        a, re, im, weight = amplitude[f], X[f], X[half+f], weights[f]
+        a = amplitude[f]
+        re = X[f]
+        im = X[half+f]
+        weight = weights[f]
         for c in range(C): a[c] = (re[c]*re[c]+im[c]*im[c])*weight
+
+# %% ../nbs/02a_kernels.ipynb #_strongest
+@_compiled
+def _strongest(amplitude, top, chosen):
+    "chosen [k, C]: the bins of largest amplitude, the largest first; amplitude is used up"
+    half = len(amplitude)
+    C = amplitude.shape[1]
     for j in range(len(chosen)):
         best = chosen[j]
-        top[:], best[:] = -ONE, 0
+        top[:] = -ONE
+        best[:] = 0
         for f in range(half):
-            a, bin = amplitude[f], np.uint32(f)
+            a = amplitude[f]
+            bin = np.uint32(f)
             for c in range(C): best[c] = bin if a[c] > top[c] else best[c]
             for c in range(C): top[c] = max(top[c], a[c])
         for c in range(C): amplitude[best[c], c] = -ONE
@@ -137,182 +180,373 @@ def _strongest(X, weights, amplitude, top, chosen):
 @_compiled
 def _waves(QT, chosen, wave):
     "wave [k, 2, L C]: the cosine and the sine of each channel's chosen bins"
-    C, half = chosen.shape[1], QT.shape[1]//2
+    C = chosen.shape[1]
+    half = QT.shape[1]//2
     for j in range(len(chosen)):
         f = chosen[j]
         for t in range(len(QT)):
-            a, b, cosine, sine = wave[j, 0, t*C:(t+1)*C], wave[j, 1, t*C:(t+1)*C], QT[t, :half], QT[t, half:]
+            a = wave[j, 0, t*C:(t+1)*C]
+            b = wave[j, 1, t*C:(t+1)*C]
+            cosine = QT[t, :half]
+            sine = QT[t, half:]
             for c in range(C): a[c] = cosine[f[c]]
             for c in range(C): b[c] = sine[f[c]]
 
+# %% ../nbs/02a_kernels.ipynb #_take_away
 @_compiled
 def _take_away(z, wave, C, out):
-    "out [L C] = z without its part along each wave: two sums over the window instead of a product with all of Q"
+    "out [L C] = z without its part along each wave: two sums over the window for each bin"
     total = np.empty(C, np.float32)
     out[:] = z
     for part in range(2*len(wave)):
         w = wave[part//2, part % 2]
         total[:] = ZERO
         for t in range(len(z)//C):
-            a, b = w[t*C:(t+1)*C], z[t*C:(t+1)*C]
+            a = w[t*C:(t+1)*C]
+            b = z[t*C:(t+1)*C]
             for c in range(C): total[c] += a[c]*b[c]
         for t in range(len(z)//C):
-            a, b = w[t*C:(t+1)*C], out[t*C:(t+1)*C]
+            a = w[t*C:(t+1)*C]
+            b = out[t*C:(t+1)*C]
             for c in range(C): b[c] -= a[c]*total[c]
 
 # %% ../nbs/02a_kernels.ipynb #_shares
 @_compiled
 def _shares(known, a, need, inverse_n, share):
-    "1/n and the weight where enough is known, from n and a, all [L C]"
+    "1/n, and a where enough is known, from n and a, all [L C]"
     for j in range(len(known)): inverse_n[j] = ONE/max(known[j], ONE)
     for j in range(len(known)): share[j] = a[j] if known[j] >= need else ZERO
 
+# %% ../nbs/02a_kernels.ipynb #_Spread
+class _Spread(NamedTuple):
+    "What is the same for every sample, laid under every step"
+    weights:np.ndarray # [W or W+1, L C] a of each window, and of the Fourier residual
+    gate:np.ndarray    # [L C] g
+    whole:np.ndarray   # [2, W, L C] 1/n and a e of a sample without gaps
+    gaps:np.ndarray    # [2, W, L C] room for those of a sample with gaps
+
+# %% ../nbs/02a_kernels.ipynb #_spread
 @_compiled
 def _spread(windows, weights, gate, min_obs, size):
-    "Weights [W or W+1, L C] and gate [L C] at every step; `_shares` of every window for samples without gaps, [W, L C] both"
-    C, W = len(gate), len(windows)
-    a, g = np.empty((len(weights), size), np.float32), np.empty(size, np.float32)
+    C = len(gate)
+    a = np.empty((len(weights), size), np.float32)
+    g = np.empty(size, np.float32)
     for k in range(len(weights)): _repeat(weights[k], a[k])
     _repeat(gate, g)
-    known, inverse_n, share = np.empty(size, np.float32), np.empty((W, size), np.float32), np.empty((W, size), np.float32)
-    for k in range(W):
+    known = np.empty(size, np.float32)
+    shares = np.empty((2, 2, len(windows), size), np.float32)
+    whole = shares[0]
+    for k in range(len(windows)):
         for j in range(size): known[j] = np.float32(min(j//C+1, windows[k]))
-        _shares(known, a[k], min(min_obs, windows[k]), inverse_n[k], share[k])
-    return a, g, inverse_n, share
+        _shares(known, a[k], min(min_obs, windows[k]), whole[0, k], whole[1, k])
+    return _Spread(a, g, whole, shares[1])
+
+# %% ../nbs/02a_kernels.ipynb #_Room
+class _Room(NamedTuple):
+    "Rows of the sample in hand, [L C] but for the last two"
+    value:np.ndarray    # 0 where unknown
+    shifted:np.ndarray  # counted from the first known value
+    mask:np.ndarray     # 1 where known
+    usable:np.ndarray   # 1 where the Fourier residual may serve
+    centred:np.ndarray  # minus the mean
+    residual:np.ndarray # centred without its strongest bins; of width 0 if nobody wants it
+    blend:np.ndarray    # F
+    inverse:np.ndarray  # 1/sum of a e, 0 where no candidate is eligible
+    sums:np.ndarray     # [3, P, L C] rolling sums of x, x² + eps and, with gaps, of known steps
+    wave:np.ndarray     # [k, 2, L C] what is taken away
+
+# %% ../nbs/02a_kernels.ipynb #_make_room
+@_compiled
+def _make_room(size, P, k):
+    row = np.empty((8, size), np.float32)
+    residual = row[7] if k else row[7, :0]
+    sums = np.empty((3, P, size), np.float32)
+    wave = np.empty((k, 2, size), np.float32)
+    return _Room(row[0], row[1], row[2], row[3], row[4], residual, row[5], row[6], sums, wave)
+
+# %% ../nbs/02a_kernels.ipynb #_half_known
+@_compiled
+def _half_known(mask, C, usable):
+    "usable [L C]: 1 in channels that know at least half of their steps"
+    size = len(mask)
+    known = np.zeros(C, np.float32)
+    _add_steps(mask, C, known)
+    for c in range(C): known[c] = ONE if 2*known[c]*C >= size else ZERO
+    _repeat(known, usable)
+
+@_compiled
+def _add_squares(x, mask, eps, out):
+    for j in range(len(out)): out[j] = eps*mask[j]+x[j]*x[j]
 
 # %% ../nbs/02a_kernels.ipynb #_start
 @_compiled
-def _start(x, C, value, shifted, mask, sums, plan, usable, eps):
-    "Prepare a sample and its rolling sums [3, P, L C] of x, x² + eps and, with gaps, of known steps; where the Fourier residual may serve"
-    whole, size = _prepare(x, C, value, shifted, mask), len(x)
-    first, second = sums[0], sums[1]
-    first[0] = shifted
-    square = second[0]
-    for j in range(size): square[j] = eps*mask[j]+shifted[j]*shifted[j]
-    _rolling_sums(plan, C, first)
-    _rolling_sums(plan, C, second)
-    usable[:] = ONE
+def _start(x, C, plan, eps, room):
+    "Prepare a sample and its rolling sums; True if it is complete"
+    whole = _prepare(x, C, room.value, room.shifted, room.mask)
+    room.sums[0, 0] = room.shifted
+    _add_squares(room.shifted, room.mask, eps, room.sums[1, 0])
+    _rolling_sums(plan, C, room.sums[0])
+    _rolling_sums(plan, C, room.sums[1])
+    room.usable[:] = ONE
     if not whole:
-        sums[2, 0] = mask
-        _rolling_sums(plan, C, sums[2])
-        known = np.zeros(C, np.float32)
-        _add_steps(mask, C, known)
-        for c in range(C): known[c] = ONE if 2*known[c]*C >= size else ZERO
-        _repeat(known, usable)
+        room.sums[2, 0] = room.mask
+        _rolling_sums(plan, C, room.sums[2])
+        _half_known(room.mask, C, room.usable)
     return whole
 
+# %% ../nbs/02a_kernels.ipynb #_add_rolling
 @_compiled
-def _blend(windows, at, a, residual, usable, shifted, whole, sums, min_obs, eps, inverse_n, share, blend, inverse):
-    "blend [L C] = F; inverse [L C] = 1/sum of the eligible weights, 0 where there are none"
-    size, W = len(shifted), len(windows)
-    blend[:], inverse[:] = ZERO, ZERO
-    for k in range(W):
-        s1, s2, n, e = sums[0, at[k]], sums[1, at[k]], inverse_n[k], share[k]
-        if not whole: _shares(sums[2, at[k]], a[k], min(min_obs, windows[k]), n, e)
-        for j in range(size):
-            mean = s1[j]*n[j]
-            d = shifted[j]-mean
-            blend[j] += e[j]*(d/np.sqrt(max(s2[j]*n[j]-mean*mean+d*d*BEND, eps)))
-        for j in range(size): inverse[j] += e[j]
-    if len(residual):
-        e = a[W]
-        for j in range(size): blend[j] += e[j]*usable[j]*residual[j]
-        for j in range(size): inverse[j] += e[j]*usable[j]
-    for j in range(size): inverse[j] = ONE/inverse[j] if inverse[j] > ZERO else ZERO
-    for j in range(size): blend[j] *= inverse[j]
+def _add_rolling(s1, s2, n, e, shifted, eps, blend, inverse):
+    "blend += a e f, inverse += a e of one window: sums s1 and s2, n = 1/known, e = a e"
+    for j in range(len(shifted)):
+        mean = s1[j]*n[j]
+        d = shifted[j]-mean
+        blend[j] += e[j]*(d/np.sqrt(max(s2[j]*n[j]-mean*mean+d*d*BEND, eps)))
+    for j in range(len(shifted)): inverse[j] += e[j]
+
+# %% ../nbs/02a_kernels.ipynb #_add_residual
+@_compiled
+def _add_residual(a, usable, residual, blend, inverse):
+    for j in range(len(residual)): blend[j] += a[j]*usable[j]*residual[j]
+    for j in range(len(residual)): inverse[j] += a[j]*usable[j]
+
+@_compiled
+def _divide(blend, inverse):
+    for j in range(len(blend)): inverse[j] = ONE/inverse[j] if inverse[j] > ZERO else ZERO
+    for j in range(len(blend)): blend[j] *= inverse[j]
+
+# %% ../nbs/02a_kernels.ipynb #_blend
+@_compiled
+def _blend(windows, at, min_obs, eps, spread, whole, room):
+    "Fill blend and inverse of the room; 1/n and a e [2, W, L C] of this sample"
+    W = len(windows)
+    shares = spread.whole if whole else spread.gaps
+    room.blend[:] = ZERO
+    room.inverse[:] = ZERO
+    for w in range(W):
+        n = shares[0, w]
+        e = shares[1, w]
+        if not whole:
+            need = min(min_obs, windows[w])
+            _shares(room.sums[2, at[w]], spread.weights[w], need, n, e)
+        s1 = room.sums[0, at[w]]
+        s2 = room.sums[1, at[w]]
+        _add_rolling(s1, s2, n, e, room.shifted, eps, room.blend, room.inverse)
+    if len(room.residual):
+        _add_residual(spread.weights[W], room.usable, room.residual, room.blend, room.inverse)
+    _divide(room.blend, room.inverse)
+    return shares
+
+# %% ../nbs/02a_kernels.ipynb #_gated
+@_compiled
+def _gated(value, blend, mask, gate, out):
+    for j in range(len(out)): out[j] = value[j]+gate[j]*((blend[j]-value[j])*mask[j])
+
+@_compiled
+def _centre_sample(room, C):
+    room.centred[:] = room.shifted
+    _centre(room.centred, room.mask, C)
 
 # %% ../nbs/02a_kernels.ipynb #fan_forward
 @_compiled
 def fan_forward(x, weights, gate, windows, at, plan, Q, QT, bin_weight, min_obs, eps, chosen, y):
-    "y [N, L C] from x [N, L C], weights [W or W+1, C] and gate [C]; fills chosen [N, k, C], the bins taken away; k = 0: no Fourier residual"
-    N, size = x.shape
-    C, W, P, k, half = len(gate), len(windows), len(plan), chosen.shape[1], len(Q)//2
-    room, sums, gaps = np.empty((8, size), np.float32), np.empty((3, P, size), np.float32), np.empty((2, W, size), np.float32)
-    value, shifted, mask, blend, inverse, usable, z, residual = room[0], room[1], room[2], room[3], room[4], room[5], room[6], room[7] if k else room[7, :0]
-    X, amplitude, top, wave = np.empty((2*half, C), np.float32), np.empty((half, C), np.float32), np.empty(C, np.float32), np.empty((k, 2, size), np.float32)
-    a, gates, n_whole, e_whole = _spread(windows, weights, gate, min_obs, size)
-    for i in range(N):
-        whole, out = _start(x[i], C, value, shifted, mask, sums, plan, usable, eps), y[i]
+    "y [N, L C] from x [N, L C], weights [W or W+1, C], gate [C]; fills chosen [N, k, C], k >= 0"
+    size = x.shape[1]
+    C = len(gate)
+    k = chosen.shape[1]
+    room = _make_room(size, len(plan), k)
+    spread = _spread(windows, weights, gate, min_obs, size)
+    spectrum = np.empty((len(Q), C), np.float32)
+    amplitude = np.empty((len(Q)//2, C), np.float32)
+    top = np.empty(C, np.float32)
+    for i in range(len(x)):
+        whole = _start(x[i], C, plan, eps, room)
         if k:
-            z[:] = shifted
-            _centre(z, mask, C)
-            np.dot(Q, z.reshape(len(QT), C), X)
-            _strongest(X, bin_weight, amplitude, top, chosen[i])
-            _waves(QT, chosen[i], wave)
-            _take_away(z, wave, C, residual)
-        _blend(windows, at, a, residual, usable, shifted, whole, sums, min_obs, eps, n_whole if whole else gaps[0], e_whole if whole else gaps[1], blend, inverse)
-        for j in range(size): out[j] = value[j]+gates[j]*((blend[j]-value[j])*mask[j])
+            _centre_sample(room, C)
+            np.dot(Q, room.centred.reshape(len(QT), C), spectrum)
+            _amplitudes(spectrum, bin_weight, amplitude)
+            _strongest(amplitude, top, chosen[i])
+            _waves(QT, chosen[i], room.wave)
+            _take_away(room.centred, room.wave, C, room.residual)
+        _blend(windows, at, min_obs, eps, spread, whole, room)
+        _gated(room.value, room.blend, room.mask, spread.gate, y[i])
+
+# %% ../nbs/02a_kernels.ipynb #_Slopes
+class _Slopes(NamedTuple):
+    "Gradients of the sample in hand, and what they are made of, [L C] but for the last"
+    G:np.ndarray      # of F, over the sum of a e
+    direct:np.ndarray # of the window, but for what comes through the sums
+    r:np.ndarray      # f/d of one candidate
+    f:np.ndarray      # its bent z-score
+    d:np.ndarray      # of its d
+    sums:np.ndarray   # [2, P, L C] of the rolling sums of x and x²
+
+# %% ../nbs/02a_kernels.ipynb #_make_slopes
+@_compiled
+def _make_slopes(size, P):
+    row = np.empty((5, size), np.float32)
+    return _Slopes(row[0], row[1], row[2], row[3], row[4], np.empty((2, P, size), np.float32))
+
+# %% ../nbs/02a_kernels.ipynb #_rolling_scores
+@_compiled
+def _rolling_scores(s1, s2, n, shifted, eps, r, f):
+    "r and f of one window from its sums s1 and s2, and n = 1/known"
+    for j in range(len(shifted)):
+        mean = s1[j]*n[j]
+        d = shifted[j]-mean
+        r[j] = ONE/np.sqrt(max(s2[j]*n[j]-mean*mean+d*d*BEND, eps))
+    for j in range(len(shifted)): f[j] = (shifted[j]-s1[j]*n[j])*r[j]
+
+# %% ../nbs/02a_kernels.ipynb #_rolling_slopes
+@_compiled
+def _rolling_slopes(s1, n, e, slopes, g1, g2):
+    "From f back to the window and to the sums: adds to direct, g1 and g2; r and d are used up"
+    G = slopes.G
+    r = slopes.r
+    f = slopes.f
+    d = slopes.d
+    direct = slopes.direct
+    size = len(G)
+    for j in range(size): d[j] = G[j]*e[j]*r[j]
+    for j in range(size): r[j] = d[j]*f[j]*r[j]     # -2 times the gradient of the variance
+    for j in range(size): d[j] -= d[j]*f[j]*f[j]*BEND
+    for j in range(size): direct[j] += d[j]
+    for j in range(size): g1[j] += (s1[j]*n[j]*r[j]-d[j])*n[j]
+    for j in range(size): g2[j] += r[j]*n[j]
+
+# %% ../nbs/02a_kernels.ipynb #_weight_slopes
+@_compiled
+def _weight_slopes(f, blend, G, e, out):
+    for j in range(len(G)): out[j] += (f[j]-blend[j])*(G[j] if e[j] > ZERO else ZERO)
+
+@_compiled
+def _residual_weight_slopes(room, G, out):
+    usable = room.usable
+    residual = room.residual
+    blend = room.blend
+    for j in range(len(G)): out[j] += usable[j]*(residual[j]-blend[j])*G[j]
+
+# %% ../nbs/02a_kernels.ipynb #_residual_slopes
+@_compiled
+def _residual_slopes(room, slopes, a, C):
+    "direct = the gradient through the Fourier residual, which is a projection"
+    G = slopes.G
+    usable = room.usable
+    mask = room.mask
+    z = room.centred
+    direct = slopes.direct
+    for j in range(len(z)): z[j] = G[j]*a[j]*usable[j]
+    _take_away(z, room.wave, C, direct)
+    for j in range(len(z)): direct[j] *= mask[j]
+    _centre(direct, mask, C)
+
+# %% ../nbs/02a_kernels.ipynb #_candidate_slopes
+@_compiled
+def _candidate_slopes(windows, at, eps, C, wanted, spread, shares, room, slopes, by_weight):
+    "Through every candidate; by_weight [W or W+1, L C] is added to"
+    W = len(windows)
+    slopes.direct[:] = ZERO
+    slopes.sums[:] = ZERO
+    if len(room.residual):
+        _residual_weight_slopes(room, slopes.G, by_weight[W])
+        if wanted: _residual_slopes(room, slopes, spread.weights[W], C)
+    for w in range(W):
+        n = shares[0, w]
+        e = shares[1, w]
+        s1 = room.sums[0, at[w]]
+        s2 = room.sums[1, at[w]]
+        _rolling_scores(s1, s2, n, room.shifted, eps, slopes.r, slopes.f)
+        _weight_slopes(slopes.f, room.blend, slopes.G, e, by_weight[w])
+        if wanted:
+            _rolling_slopes(s1, n, e, slopes, slopes.sums[0, at[w]], slopes.sums[1, at[w]])
+
+# %% ../nbs/02a_kernels.ipynb #_gate_slopes
+@_compiled
+def _gate_slopes(up, room, gate, G, by_gate):
+    "G from the gradient `up` of the output; by_gate [L C] is added to"
+    mask = room.mask
+    blend = room.blend
+    value = room.value
+    inverse = room.inverse
+    for j in range(len(up)): by_gate[j] += up[j]*mask[j]*(blend[j]-value[j])
+    for j in range(len(up)): G[j] = up[j]*mask[j]*gate[j]*inverse[j]
+
+# %% ../nbs/02a_kernels.ipynb #_window_slopes
+@_compiled
+def _window_slopes(plan, C, up, room, gate, slopes, out):
+    "out [L C]: the gradient of the sample"
+    _rolling_sums_adjoint(plan, C, slopes.sums[0])
+    _rolling_sums_adjoint(plan, C, slopes.sums[1])
+    g1 = slopes.sums[0, 0]
+    g2 = slopes.sums[1, 0]
+    direct = slopes.direct
+    shifted = room.shifted
+    mask = room.mask
+    for j in range(len(out)): direct[j] += g1[j]-shifted[j]*g2[j]
+    for j in range(len(out)): out[j] = mask[j]*(up[j]*(ONE-gate[j])+direct[j])
 
 # %% ../nbs/02a_kernels.ipynb #fan_backward
 @_compiled
-def fan_backward(x, g, weights, gate, windows, at, plan, QT, min_obs, eps, chosen, gx, gweights, ggate):
-    "Gradients for g [N, L C]; gx of width 0 is not wanted; gweights and ggate (float64) are added to"
-    N, size = x.shape
-    C, W, P, k = len(gate), len(windows), len(plan), chosen.shape[1]
-    room, sums, gaps = np.empty((13, size), np.float32), np.empty((3, P, size), np.float32), np.empty((2, W, size), np.float32)
-    value, shifted, mask, blend, inverse, usable, z, residual = room[0], room[1], room[2], room[3], room[4], room[5], room[6], room[7] if k else room[7, :0]
-    G, direct, r, f, gd = room[8], room[9], room[10], room[11], room[12]
-    wave = np.empty((k, 2, size), np.float32)
-    a, gates, n_whole, e_whole = _spread(windows, weights, gate, min_obs, size)
-    wanted, grads = gx.shape[1] > 0, np.empty((2, P, size), np.float32)
-    all_weights, all_gate = np.zeros((len(weights), size), np.float32), np.zeros(size, np.float32)  # by step: added up at the end
-    for i in range(N):
-        whole, up = _start(x[i], C, value, shifted, mask, sums, plan, usable, eps), g[i]
+def fan_backward(x, g, weights, gate, windows, at, plan, QT, min_obs, eps, chosen,
+                 gx, gweights, ggate):
+    "Gradients for g [N, L C]; gx of width 0 is not wanted; gweights, ggate (float64) are added to"
+    size = x.shape[1]
+    C = len(gate)
+    k = chosen.shape[1]
+    wanted = gx.shape[1] > 0
+    room = _make_room(size, len(plan), k)
+    slopes = _make_slopes(size, len(plan))
+    spread = _spread(windows, weights, gate, min_obs, size)
+    by_weight = np.zeros((len(weights), size), np.float32)
+    by_gate = np.zeros(size, np.float32)
+    for i in range(len(x)):
+        whole = _start(x[i], C, plan, eps, room)
         if k:
-            z[:] = shifted
-            _centre(z, mask, C)
-            _waves(QT, chosen[i], wave)
-            _take_away(z, wave, C, residual)
-        n_all, e_all = n_whole if whole else gaps[0], e_whole if whole else gaps[1]
-        _blend(windows, at, a, residual, usable, shifted, whole, sums, min_obs, eps, n_all, e_all, blend, inverse)
-        for j in range(size): all_gate[j] += up[j]*mask[j]*(blend[j]-value[j])
-        for j in range(size): G[j] = up[j]*mask[j]*gates[j]*inverse[j]
-        direct[:], grads[:] = ZERO, ZERO
-        if k:
-            ga, e = all_weights[W], a[W]
-            for j in range(size): ga[j] += usable[j]*(residual[j]-blend[j])*G[j]
-            if wanted:
-                for j in range(size): z[j] = G[j]*e[j]*usable[j]
-                _take_away(z, wave, C, direct)
-                for j in range(size): direct[j] *= mask[j]
-                _centre(direct, mask, C)
-        for w in range(W):
-            s1, s2, n, e, ga, g1, g2 = sums[0, at[w]], sums[1, at[w]], n_all[w], e_all[w], all_weights[w], grads[0, at[w]], grads[1, at[w]]
-            for j in range(size):
-                mean = s1[j]*n[j]
-                d = shifted[j]-mean
-                r[j] = ONE/np.sqrt(max(s2[j]*n[j]-mean*mean+d*d*BEND, eps))
-            for j in range(size): f[j] = (shifted[j]-s1[j]*n[j])*r[j]
-            for j in range(size): ga[j] += (f[j]-blend[j])*(G[j] if e[j] > ZERO else ZERO)
-            if not wanted: continue
-            for j in range(size): gd[j] = G[j]*e[j]*r[j]
-            for j in range(size): r[j] = gd[j]*f[j]*r[j]       # -2 times the gradient of the variance
-            for j in range(size): gd[j] -= gd[j]*f[j]*f[j]*BEND # gradient of d
-            for j in range(size): direct[j] += gd[j]
-            for j in range(size): g1[j] += (s1[j]*n[j]*r[j]-gd[j])*n[j]
-            for j in range(size): g2[j] += r[j]*n[j]
-        if wanted:
-            _rolling_sums_adjoint(plan, C, grads[0])
-            _rolling_sums_adjoint(plan, C, grads[1])
-            out, g1, g2 = gx[i], grads[0, 0], grads[1, 0]
-            for j in range(size): direct[j] += g1[j]-shifted[j]*g2[j]
-            for j in range(size): out[j] = mask[j]*(up[j]*(ONE-gates[j])+direct[j])
-    for w in range(len(weights)): _add_steps(all_weights[w], C, gweights[w])
-    _add_steps(all_gate, C, ggate)
+            _centre_sample(room, C)
+            _waves(QT, chosen[i], room.wave)
+            _take_away(room.centred, room.wave, C, room.residual)
+        shares = _blend(windows, at, min_obs, eps, spread, whole, room)
+        _gate_slopes(g[i], room, spread.gate, slopes.G, by_gate)
+        _candidate_slopes(windows, at, eps, C, wanted, spread, shares, room, slopes, by_weight)
+        if wanted: _window_slopes(plan, C, g[i], room, spread.gate, slopes, gx[i])
+    for w in range(len(weights)): _add_steps(by_weight[w], C, gweights[w])
+    _add_steps(by_gate, C, ggate)
 
-# %% ../nbs/02a_kernels.ipynb #_slices
+# %% ../nbs/02a_kernels.ipynb #_slice_sums
 @_compiled
-def _slices(shifted, mask, lo, hi, weights, min_obs, eps, mean, r, w, inverse_n):
-    "Mean, 1/deviation, effective weight and 1/known steps of each slice, [K, C] each"
+def _slice_sums(shifted, mask, lo, hi, s1, s2, n):
+    "Sums of x, x² and known steps over lo .. hi-1, [C] each"
+    C = len(n)
+    s1[:] = ZERO
+    s2[:] = ZERO
+    n[:] = ZERO
+    for t in range(lo, hi):
+        x = shifted[t]
+        m = mask[t]
+        for c in range(C): s1[c] += x[c]
+        for c in range(C): s2[c] += x[c]*x[c]
+        for c in range(C): n[c] += m[c]
+
+# %% ../nbs/02a_kernels.ipynb #_Slices
+class _Slices(NamedTuple):
+    "Statistics of the sample in hand, [K, C] each"
+    mean:np.ndarray
+    r:np.ndarray         # 1/deviation
+    w:np.ndarray         # weight, 0 where too little is known
+    inverse_n:np.ndarray # 1/known steps
+
+# %% ../nbs/02a_kernels.ipynb #_slice_statistics
+@_compiled
+def _slice_statistics(shifted, mask, lo, hi, weights, min_obs, eps, slices):
+    "Fill `slices`"
     C = shifted.shape[1]
     for k in range(len(lo)):
-        s1, s2, n, a, out = mean[k], r[k], inverse_n[k], weights[k], w[k]
-        s1[:], s2[:], n[:] = ZERO, ZERO, ZERO
-        for t in range(lo[k], hi[k]):
-            x, m = shifted[t], mask[t]
-            for c in range(C): s1[c] += x[c]
-            for c in range(C): s2[c] += x[c]*x[c]
-            for c in range(C): n[c] += m[c]
+        s1 = slices.mean[k]
+        s2 = slices.r[k]
+        n = slices.inverse_n[k]
+        a = weights[k]
+        out = slices.w[k]
+        _slice_sums(shifted, mask, lo[k], hi[k], s1, s2, n)
         for c in range(C):
             out[c] = a[c] if n[c] >= min_obs else ZERO
             n[c] = ONE/max(n[c], ONE)
@@ -320,85 +554,190 @@ def _slices(shifted, mask, lo, hi, weights, min_obs, eps, mean, r, w, inverse_n)
             s1[c] *= n[c]
             s2[c] = ONE/np.sqrt(max(s2[c]*n[c]-s1[c]*s1[c], ZERO)+eps)
 
+# %% ../nbs/02a_kernels.ipynb #_slice_scores
 @_compiled
-def _slice_scores(shifted, lo, hi, mean, r, w, score, inverse):
-    "score [L, C] before bending; inverse [L, C] = 1/sum of the weights that cover the step, 0 where there are none"
-    L, C = shifted.shape
-    score[:], inverse[:] = ZERO, ZERO
+def _slice_scores(shifted, lo, hi, slices, score, inverse):
+    "score [L, C] before bending; inverse [L, C] = 1/sum of the weights at a step, 0 if none"
+    L = len(shifted)
+    C = shifted.shape[1]
+    score[:] = ZERO
+    inverse[:] = ZERO
     for k in range(len(lo)):
-        mu, rk, wk = mean[k], r[k], w[k]
+        mu = slices.mean[k]
+        r = slices.r[k]
+        w = slices.w[k]
         for t in range(lo[k], hi[k]):
-            x, out, total = shifted[t], score[t], inverse[t]
-            for c in range(C): out[c] += wk[c]*((x[c]-mu[c])*rk[c])
-            for c in range(C): total[c] += wk[c]
+            x = shifted[t]
+            out = score[t]
+            total = inverse[t]
+            for c in range(C): out[c] += w[c]*((x[c]-mu[c])*r[c])
+            for c in range(C): total[c] += w[c]
     for t in range(L):
-        out, total = score[t], inverse[t]
+        out = score[t]
+        total = inverse[t]
         for c in range(C): total[c] = ONE/total[c] if total[c] > ZERO else ZERO
         for c in range(C): out[c] *= total[c]
 
+# %% ../nbs/02a_kernels.ipynb #_SliceRoom
+class _SliceRoom(NamedTuple):
+    "Rows of the sample in hand, [L, C] each"
+    value:np.ndarray   # 0 where unknown
+    shifted:np.ndarray # counted from the first known value
+    mask:np.ndarray    # 1 where known
+    score:np.ndarray   # u
+    inverse:np.ndarray # 1/sum of the weights
+    G:np.ndarray       # gradient of u, over the sum of the weights
+    direct:np.ndarray  # gradient of the window through u
+
+# %% ../nbs/02a_kernels.ipynb #_make_slice_room
+@_compiled
+def _make_slice_room(L, C):
+    row = np.empty((7, L, C), np.float32)
+    return _SliceRoom(row[0], row[1], row[2], row[3], row[4], row[5], row[6])
+
+@_compiled
+def _start_slices(x, lo, hi, weights, min_obs, eps, room, slices):
+    "Prepare a sample, the statistics of its slices and the scores of its steps"
+    size = len(x)
+    C = weights.shape[1]
+    flat = room.shifted.reshape(size)
+    _prepare(x, C, room.value.reshape(size), flat, room.mask.reshape(size))
+    _slice_statistics(room.shifted, room.mask, lo, hi, weights, min_obs, eps, slices)
+    _slice_scores(room.shifted, lo, hi, slices, room.score, room.inverse)
+
+# %% ../nbs/02a_kernels.ipynb #_bent_and_gated
+@_compiled
+def _bent_and_gated(room, gate, rows):
+    C = len(gate)
+    for t in range(len(rows)):
+        out = rows[t]
+        v = room.value[t]
+        u = room.score[t]
+        m = room.mask[t]
+        for c in range(C):
+            out[c] = v[c]+gate[c]*((u[c]/np.sqrt(ONE+u[c]*u[c]*BEND)-v[c])*m[c])
+
+# %% ../nbs/02a_kernels.ipynb #san_forward
 @_compiled
 def san_forward(x, weights, gate, lo, hi, min_obs, eps, y):
     "y [N, L C] from x [N, L C], weights [K, C] and gate [C]"
-    (N, size), C = x.shape, len(gate)
+    size = x.shape[1]
+    K = len(weights)
+    C = len(gate)
     L = size//C
-    room = np.empty((5, L, C), np.float32)
-    value, shifted, mask, score, inverse = room[0], room[1], room[2], room[3], room[4]
-    small = np.empty((4, *weights.shape), np.float32)
-    mean, r, w, n1 = small[0], small[1], small[2], small[3]
-    for n in range(N):
-        _prepare(x[n], C, value.reshape(size), shifted.reshape(size), mask.reshape(size))
-        _slices(shifted, mask, lo, hi, weights, min_obs, eps, mean, r, w, n1)
-        _slice_scores(shifted, lo, hi, mean, r, w, score, inverse)
-        rows = y[n].reshape(L, C)
-        for t in range(L):
-            out, v, u, m = rows[t], value[t], score[t], mask[t]
-            for c in range(C): out[c] = v[c]+gate[c]*((u[c]/np.sqrt(ONE+u[c]*u[c]*BEND)-v[c])*m[c])
+    room = _make_slice_room(L, C)
+    small = np.empty((4, K, C), np.float32)
+    slices = _Slices(small[0], small[1], small[2], small[3])
+    for i in range(len(x)):
+        _start_slices(x[i], lo, hi, weights, min_obs, eps, room, slices)
+        _bent_and_gated(room, gate, y[i].reshape(L, C))
+
+# %% ../nbs/02a_kernels.ipynb #_bend_slopes
+@_compiled
+def _bend_slopes(grad, room, gate, by_gate):
+    "Fill G of the room from the gradient of the output; by_gate [C] is added to"
+    C = len(gate)
+    for t in range(len(grad)):
+        up = grad[t]
+        v = room.value[t]
+        u = room.score[t]
+        m = room.mask[t]
+        total = room.inverse[t]
+        out = room.G[t]
+        for c in range(C):
+            by_gate[c] += up[c]*m[c]*(u[c]/np.sqrt(ONE+u[c]*u[c]*BEND)-v[c])
+        for c in range(C):
+            b = ONE/np.sqrt(ONE+u[c]*u[c]*BEND)
+            out[c] = up[c]*m[c]*gate[c]*(b*b*b)*total[c]
+
+# %% ../nbs/02a_kernels.ipynb #_SliceSlopes
+class _SliceSlopes(NamedTuple):
+    "Gradients of the sample in hand, [K, C] each"
+    weights:np.ndarray
+    sums:np.ndarray    # of a slice's sum
+    squares:np.ndarray # twice that of its sum of squares
+
+# %% ../nbs/02a_kernels.ipynb #_slice_slopes
+@_compiled
+def _slice_slopes(room, lo, hi, mu, r, by_weight, by_score, by_distance):
+    "Sums over lo .. hi-1 of what a slice's weight and statistics need, [C] each"
+    C = len(mu)
+    for t in range(lo, hi):
+        x = room.shifted[t]
+        u = room.score[t]
+        G = room.G[t]
+        for c in range(C): by_score[c] += G[c]
+        for c in range(C): by_distance[c] += G[c]*(x[c]-mu[c])
+        for c in range(C): by_weight[c] += G[c]*((x[c]-mu[c])*r[c]-u[c])
+
+# %% ../nbs/02a_kernels.ipynb #_slice_window_slopes
+@_compiled
+def _slice_window_slopes(room, lo, hi, mu, r, w, n, square, sums):
+    "Back to the steps of a slice; `square` and `sums` [C] hold sums of `_slice_slopes` on entry"
+    C = len(mu)
+    for c in range(C):
+        variance = -HALF*r[c]*r[c]*r[c]*w[c]*sums[c]
+        sums[c] = (-w[c]*r[c]*square[c]-2*mu[c]*variance)*n[c]
+        square[c] = 2*variance*n[c]
+    for t in range(lo, hi):
+        x = room.shifted[t]
+        G = room.G[t]
+        out = room.direct[t]
+        for c in range(C): out[c] += G[c]*w[c]*r[c]+sums[c]+x[c]*square[c]
+
+# %% ../nbs/02a_kernels.ipynb #_all_slice_slopes
+@_compiled
+def _all_slice_slopes(lo, hi, wanted, room, slices, slopes):
+    "Fill `slopes` and, if it is wanted, direct of the room"
+    slopes.weights[:] = ZERO
+    slopes.sums[:] = ZERO
+    slopes.squares[:] = ZERO
+    room.direct[:] = ZERO
+    for k in range(len(lo)):
+        mu = slices.mean[k]
+        r = slices.r[k]
+        w = slices.w[k]
+        by_weight = slopes.weights[k]
+        square = slopes.squares[k]
+        sums = slopes.sums[k]
+        _slice_slopes(room, lo[k], hi[k], mu, r, by_weight, square, sums)
+        for c in range(len(w)): by_weight[c] = by_weight[c] if w[c] != ZERO else ZERO
+        if wanted:
+            n = slices.inverse_n[k]
+            _slice_window_slopes(room, lo[k], hi[k], mu, r, w, n, square, sums)
+
+# %% ../nbs/02a_kernels.ipynb #_slice_out
+@_compiled
+def _slice_out(grad, room, gate, rows):
+    "rows [L, C]: the gradient of the sample"
+    C = len(gate)
+    for t in range(len(rows)):
+        out = rows[t]
+        up = grad[t]
+        m = room.mask[t]
+        d = room.direct[t]
+        for c in range(C): out[c] = m[c]*(up[c]*(ONE-gate[c])+d[c])
 
 # %% ../nbs/02a_kernels.ipynb #san_backward
 @_compiled
 def san_backward(x, g, weights, gate, lo, hi, min_obs, eps, gx, gweights, ggate):
-    "Gradients for g [N, L C]; gx of width 0 is not wanted; gweights and ggate (float64) are added to"
-    (N, size), C = x.shape, len(gate)
+    "Gradients for g [N, L C]; gx of width 0 is not wanted; gweights, ggate (float64) are added to"
+    size = x.shape[1]
+    K = len(weights)
+    C = len(gate)
     L = size//C
     wanted = gx.shape[1] > 0
-    room = np.empty((7, L, C), np.float32)
-    value, shifted, mask, score, inverse, G, direct = room[0], room[1], room[2], room[3], room[4], room[5], room[6]
-    small = np.empty((7, *weights.shape), np.float32)
-    mean, r, w, n1, gw, g1, g2 = small[0], small[1], small[2], small[3], small[4], small[5], small[6]
-    gg = np.empty(C, np.float32)
-    for n in range(N):
-        _prepare(x[n], C, value.reshape(size), shifted.reshape(size), mask.reshape(size))
-        _slices(shifted, mask, lo, hi, weights, min_obs, eps, mean, r, w, n1)
-        _slice_scores(shifted, lo, hi, mean, r, w, score, inverse)
-        gg[:], gw[:], g1[:], g2[:], direct[:] = ZERO, ZERO, ZERO, ZERO, ZERO
-        grad = g[n].reshape(L, C)
-        for t in range(L):  # through the gate and the bend
-            up, v, u, m, total, out = grad[t], value[t], score[t], mask[t], inverse[t], G[t]
-            for c in range(C): gg[c] += up[c]*m[c]*(u[c]/np.sqrt(ONE+u[c]*u[c]*BEND)-v[c])
-            for c in range(C):
-                b = ONE/np.sqrt(ONE+u[c]*u[c]*BEND)
-                out[c] = up[c]*m[c]*gate[c]*(b*b*b)*total[c]
-        for k in range(len(lo)):
-            mu, rk, wk, nk, ga, sg, sd = mean[k], r[k], w[k], n1[k], gw[k], g1[k], g2[k]
-            for t in range(lo[k], hi[k]):
-                x1, u, gf = shifted[t], score[t], G[t]
-                for c in range(C): sg[c] += gf[c]
-                for c in range(C): sd[c] += gf[c]*(x1[c]-mu[c])
-                for c in range(C): ga[c] += gf[c]*((x1[c]-mu[c])*rk[c]-u[c])
-            for c in range(C):
-                if wk[c] == ZERO: ga[c] = ZERO
-            if not wanted: continue
-            for c in range(C):
-                gv = -HALF*rk[c]*rk[c]*rk[c]*wk[c]*sd[c]
-                sd[c] = (-wk[c]*rk[c]*sg[c]-2*mu[c]*gv)*nk[c]  # gradient of the slice's sum
-                sg[c] = 2*gv*nk[c]                             # twice that of its sum of squares
-            for t in range(lo[k], hi[k]):
-                x1, gf, out = shifted[t], G[t], direct[t]
-                for c in range(C): out[c] += gf[c]*wk[c]*rk[c]+sd[c]+x1[c]*sg[c]
-        gweights += gw
-        ggate += gg
-        if wanted:
-            rows = gx[n].reshape(L, C)
-            for t in range(L):
-                out, up, m, d = rows[t], grad[t], mask[t], direct[t]
-                for c in range(C): out[c] = m[c]*(up[c]*(ONE-gate[c])+d[c])
+    room = _make_slice_room(L, C)
+    small = np.empty((7, K, C), np.float32)
+    slices = _Slices(small[0], small[1], small[2], small[3])
+    slopes = _SliceSlopes(small[4], small[5], small[6])
+    by_gate = np.empty(C, np.float32)
+    for i in range(len(x)):
+        _start_slices(x[i], lo, hi, weights, min_obs, eps, room, slices)
+        grad = g[i].reshape(L, C)
+        by_gate[:] = ZERO
+        _bend_slopes(grad, room, gate, by_gate)
+        _all_slice_slopes(lo, hi, wanted, room, slices, slopes)
+        gweights += slopes.weights
+        ggate += by_gate
+        if wanted: _slice_out(grad, room, gate, gx[i].reshape(L, C))

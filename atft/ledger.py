@@ -10,39 +10,53 @@ import fcntl, json, os
 from datetime import datetime
 from pathlib import Path
 
+from fastcore.basics import patch
+
 # %% ../nbs/03f_ledger.ipynb #Ledger
 class Ledger:
     "What was tried in a folder, a JSON line each"
     def __init__(self, folder:str|Path): self.path = Path(folder)/'ledger.jsonl'
 
-    def write(self,
-        event:str, # trial or test
-        key:str,   # what tells this one from others of its kind
-        **facts,   # JSON values
-    )->bool:       # False if the same event with the same key and facts is there already
-        "Append a line, once"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, 'a+b') as f:
-            fcntl.flock(f, fcntl.LOCK_EX)
-            entry, have = dict(event=event, key=key, **facts), self.entries()
-            if any({k: v for k, v in e.items() if k != 'when'} == entry for e in have): return False
-            f.seek(0, os.SEEK_END)
-            if f.tell():  # a line that a crash cut off must not swallow the next one
-                f.seek(-1, os.SEEK_END)
-                if f.read(1) != b'\n': f.write(b'\n')
-            f.write(json.dumps(entry | dict(when=f'{datetime.now():%Y-%m-%d %H:%M:%S}')).encode()+b'\n')
-            f.flush()
-            os.fsync(f.fileno())
-        return True
-
     def entries(self)->list[dict]:
         "Every whole line, in order"
-        out = []
-        for line in self.path.read_text().splitlines() if self.path.exists() else ():
-            try: out.append(json.loads(line))
+        if not self.path.exists(): return []
+        whole = []
+        for line in self.path.read_text().splitlines():
+            try: whole.append(json.loads(line))
             except json.JSONDecodeError: pass  # cut off by a crash
-        return out
+        return whole
 
-    def count(self, event:str)->int:
-        "How many different keys an event was written with"
-        return len({e['key'] for e in self.entries() if e['event'] == event})
+# %% ../nbs/03f_ledger.ipynb #_append
+def _append(file, entry):
+    file.seek(0, os.SEEK_END)
+    if file.tell():
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b'\n': file.write(b'\n')
+    when = f'{datetime.now():%Y-%m-%d %H:%M:%S}'
+    file.write(json.dumps(entry | dict(when=when)).encode()+b'\n')
+    file.flush()
+    os.fsync(file.fileno())
+
+# %% ../nbs/03f_ledger.ipynb #write
+@patch
+def write(self:Ledger,
+    event:str, # trial or test
+    key:str,   # what tells this one from others of its kind
+    **facts,   # JSON values
+)->bool:       # False if the same event with the same key and facts is there already
+    "Append a line, once"
+    entry = dict(event=event, key=key, **facts)
+    self.path.parent.mkdir(parents=True, exist_ok=True)
+    with open(self.path, 'a+b') as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        for line in self.entries():
+            line.pop('when', None)
+            if line == entry: return False
+        _append(file, entry)
+    return True
+
+# %% ../nbs/03f_ledger.ipynb #count
+@patch
+def count(self:Ledger, event:str)->int: # trial or test
+    "How many different keys an event was written with"
+    return len({entry['key'] for entry in self.entries() if entry['event'] == event})

@@ -11,6 +11,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from fastcore.basics import patch
 from torch import Tensor
 
 from .core import AtftError
@@ -19,49 +20,67 @@ from .core import AtftError
 class Processes:
     "This process among those of a `torchrun` job; `rank` 0 of 1 without one"
     def __init__(self):
-        self.rank, self.world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-        self.local = int(os.environ.get('LOCAL_RANK', 0))
+        self.rank = int(os.environ.get('RANK', 0))         # number of this process in the job
+        self.world = int(os.environ.get('WORLD_SIZE', 1))  # processes in the job
+        self.local = int(os.environ.get('LOCAL_RANK', 0))  # number of this process on its machine
 
     @property
     def first(self)->bool: return self.rank == 0
-
-    def device(self, asked:str='auto')->torch.device: # auto, cpu or cuda
-        "The device of this process: GPUs of a machine are dealt out"
-        if asked == 'cpu' or not torch.cuda.is_available(): return torch.device('cpu')
-        if self.local >= torch.cuda.device_count(): raise AtftError(f'ranks: process {self.local} of this machine has no GPU of its own, there are {torch.cuda.device_count()}; start fewer processes or use --device cpu')
-        torch.cuda.set_device(self.local)
-        return torch.device('cuda', self.local)
-
-    def join(self, device:torch.device):
-        "Meet the others; nothing to do alone"
-        if self.world > 1 and not dist.is_initialized(): dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(minutes=30))
-
-    def leave(self):
-        if dist.is_initialized(): dist.destroy_process_group()
-
-    def sum_(self, t:Tensor)->Tensor: # in place
-        "The sum over all processes"
-        if self.world > 1: dist.all_reduce(t)
-        return t
-
-    def same(self, value):
-        "The first process's value, on all"
-        if self.world == 1: return value
-        box = [value]
-        dist.broadcast_object_list(box)
-        return box[0]
 
     def mine(self, index:int)->bool: # of a chunk of work, 0, 1, ...
         "Is this chunk dealt to this process?"
         return index % self.world == self.rank
 
-    def all(self, chunks:list)->list:
-        "The chunks of all processes in order, where chunk i was dealt to process i % world"
-        if self.world == 1: return chunks
-        parts = [None]*self.world
-        dist.all_gather_object(parts, chunks)
-        return [parts[i % self.world][i//self.world] for i in range(sum(map(len, parts)))]
+# %% ../nbs/03d_processes.ipynb #device
+@patch
+def device(self:Processes, asked:str='auto')->torch.device: # auto, cpu or cuda
+    "The device of this process: GPUs of a machine are dealt out"
+    if asked == 'cpu' or not torch.cuda.is_available(): return torch.device('cpu')
+    there = torch.cuda.device_count()
+    if self.local >= there:
+        raise AtftError(f'processes: process {self.local} of this machine has no GPU of its own,'
+                        f' there are {there}; start fewer processes or use --device cpu')
+    torch.cuda.set_device(self.local)
+    return torch.device('cuda', self.local)
 
-    def wait(self):
-        "Until all are here"
-        if self.world > 1: dist.barrier()
+# %% ../nbs/03d_processes.ipynb #join
+@patch
+def join(self:Processes, device:torch.device):
+    "Meet the others; nothing to do alone"
+    if self.world == 1 or dist.is_initialized(): return
+    backend = 'nccl' if device.type == 'cuda' else 'gloo'
+    dist.init_process_group(backend, timeout=timedelta(minutes=30))
+
+@patch
+def wait(self:Processes):
+    "Until all are here"
+    if self.world > 1: dist.barrier()
+
+@patch
+def leave(self:Processes):
+    if dist.is_initialized(): dist.destroy_process_group()
+
+# %% ../nbs/03d_processes.ipynb #same
+@patch
+def sum_(self:Processes, t:Tensor)->Tensor: # in place
+    "The sum over all processes"
+    if self.world > 1: dist.all_reduce(t)
+    return t
+
+@patch
+def same(self:Processes, value):
+    "The first process's value, on all"
+    if self.world == 1: return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+# %% ../nbs/03d_processes.ipynb #all
+@patch
+def all(self:Processes, chunks:list)->list:
+    "The chunks of all processes in order, where chunk i was dealt to process i % world"
+    if self.world == 1: return chunks
+    parts = [None]*self.world
+    dist.all_gather_object(parts, chunks)
+    total = sum(len(part) for part in parts)
+    return [parts[i % self.world][i//self.world] for i in range(total)]
