@@ -109,7 +109,7 @@ def cost(self:Trading,
         paid += float(np.nansum(traded*np.sqrt(traded)*market.depth))
     return paid
 
-# %% ../nbs/04c_backtest.ipynb #target_weights
+# %% ../nbs/04c_backtest.ipynb #_border
 def _border(x, in_order, place):
     "The value at a place of the day's order, and its average rank"
     value = np.take_along_axis(in_order, place.clip(0, x.shape[1]-1), 1)
@@ -131,13 +131,13 @@ def _ends(
     worst = (x < low) | (x == low) & (at_low <= size)
     return best, worst
 
-# %% ../nbs/04c_backtest.ipynb #target_weights-2
+# %% ../nbs/04c_backtest.ipynb #_equal
 def _equal(chosen):
     "Weights of a mask that add up to 1 a day"
     chosen = chosen.astype(float)
     return chosen/chosen.sum(1, keepdims=True).clip(min=1)
 
-# %% ../nbs/04c_backtest.ipynb #target_weights-3
+# %% ../nbs/04c_backtest.ipynb #target_weights
 def target_weights(
     prediction:torch.Tensor, # [D, N], NaN where there is none
     trading:Trading,
@@ -171,7 +171,6 @@ class _Market(NamedTuple):
     gone:np.ndarray     # [T, N] never traded again after this step
     depth:np.ndarray|None # [T, N] of `Step`
 
-# %% ../nbs/04c_backtest.ipynb #_from_targets
 def _one_day(predictions):
     "The plain daily returns of a table"
     names = [name for _, name in targets_in(predictions)]
@@ -180,7 +179,7 @@ def _one_day(predictions):
                         'rows of target 1d or from prices; give either')
     return dense(predictions, 1)
 
-# %% ../nbs/04c_backtest.ipynb #_from_targets-2
+# %% ../nbs/04c_backtest.ipynb #_from_targets
 def _from_targets(chosen, predictions, trading):
     "A market whose returns are the targets of one day"
     if trading.entry == 'next_open' or trading.impact:
@@ -223,13 +222,13 @@ def _gone(price):
     last = len(price)-1-known.argmax(0)
     return (~known.any(0) | (days >= last)) & (days < len(price)-1)
 
-# %% ../nbs/04c_backtest.ipynb #_depth
+# %% ../nbs/04c_backtest.ipynb #_rolling_mean
 def _rolling_mean(x):
     "[days, codes] mean of the last 20 sessions, of at least 5"
     known = pl.all().fill_nan(None)
     return pl.DataFrame(x).with_columns(known.rolling_mean(20, min_samples=5)).to_numpy()
 
-# %% ../nbs/04c_backtest.ipynb #_depth-2
+# %% ../nbs/04c_backtest.ipynb #_depth
 def _depth(prices, calendar, codes, trading):
     "[days, codes] of `Step`"
     volume = _grid(prices, calendar, codes, 'dollar_volume')
@@ -239,7 +238,7 @@ def _depth(prices, calendar, codes, trading):
     variance = np.maximum(_rolling_mean(moves**2), 0)
     return trading.impact*np.sqrt(variance*trading.capital/_rolling_mean(volume))
 
-# %% ../nbs/04c_backtest.ipynb #_from_prices
+# %% ../nbs/04c_backtest.ipynb #_calendar
 def _calendar(dates, prices, trading):
     "The days of the prices from the first prediction on, or one line for what is missing"
     needed = ['close']
@@ -255,7 +254,7 @@ def _calendar(dates, prices, trading):
         raise AtftError(f'backtest: prices have no rows on {min(missing)}, a day with predictions')
     return calendar
 
-# %% ../nbs/04c_backtest.ipynb #_from_prices-2
+# %% ../nbs/04c_backtest.ipynb #_from_prices
 def _from_prices(chosen, prices, trading):
     "A market whose returns are those of the prices"
     calendar = _calendar(chosen.dates, prices, trading)
@@ -278,7 +277,12 @@ def _from_prices(chosen, prices, trading):
     return _Market(dates, chosen.codes, decided[decisions], returns[steps],
                    np.isfinite(price[steps]), _gone(price)[steps], depth)
 
-# %% ../nbs/04c_backtest.ipynb #_account
+def _market_of(chosen, predictions, trading, prices):
+    "From prices if there are any"
+    if prices is None: return _from_targets(chosen, predictions, trading)
+    return _from_prices(chosen, prices, trading)
+
+# %% ../nbs/04c_backtest.ipynb #_Account
 class _Account:
     "Cash and positions of one way of trading, moved on step by step"
     def __init__(self, market, trading):
@@ -287,31 +291,18 @@ class _Account:
         self.cash = 1.
         self.held = np.zeros(len(market.codes))
 
-    def step(self, t, weights):
-        "Trade towards `weights`, pay, earn; the row of `backtest` without its date"
-        before = self.cash+self.held.sum()
-        trade = np.where(self.market.tradable[t], weights*before-self.held, 0.)
-        self.held = self.held+trade
-        cost = self.pay(t, before, trade)
-        self.cash = self.cash-trade.sum()-cost
-        earned = self.earn(t)
-        traded = np.abs(trade).sum()
-        return (earned/before, cost/before, (earned-cost)/before, traded/before,
-                self.cash+self.held.sum(), self.cash, self.held.sum())
+    def pay(self, t, before, trade):
+        "What the trades of step `t` cost"
+        market = self.market
+        depth = None if market.depth is None else market.depth[t]
+        step = Step(market.dates[t], market.codes, before, self.held, depth)
+        cost = self.trading.cost(trade, step)
+        if not np.isfinite(cost):
+            name = type(self.trading).__name__
+            raise AtftError(f'backtest: {name}.cost gave {cost} on {step.date}; it must be finite')
+        return cost
 
-# %% ../nbs/04c_backtest.ipynb #pay
-@patch
-def pay(self:_Account, t, before, trade):
-    "What the trades of step `t` cost"
-    market = self.market
-    depth = None if market.depth is None else market.depth[t]
-    step = Step(market.dates[t], market.codes, before, self.held, depth)
-    cost = self.trading.cost(trade, step)
-    if not np.isfinite(cost):
-        name = type(self.trading).__name__
-        raise AtftError(f'backtest: {name}.cost gave {cost} on {step.date}; it must be finite')
-    return cost
-
+# %% ../nbs/04c_backtest.ipynb #earn
 @patch
 def earn(self:_Account, t):
     "Move positions with the returns of step `t`, and pay out what is gone"
@@ -327,7 +318,21 @@ def earn(self:_Account, t):
         self.held = np.where(gone, 0., self.held)
     return earned.sum()
 
-# %% ../nbs/04c_backtest.ipynb #_account-2
+# %% ../nbs/04c_backtest.ipynb #step
+@patch
+def step(self:_Account, t, weights):
+    "Trade towards `weights`, pay, earn; the row of `backtest` without its date"
+    before = self.cash+self.held.sum()
+    trade = np.where(self.market.tradable[t], weights*before-self.held, 0.)
+    self.held = self.held+trade
+    cost = self.pay(t, before, trade)
+    self.cash = self.cash-trade.sum()-cost
+    earned = self.earn(t)
+    traded = np.abs(trade).sum()
+    return (earned/before, cost/before, (earned-cost)/before, traded/before,
+            self.cash+self.held.sum(), self.cash, self.held.sum())
+
+# %% ../nbs/04c_backtest.ipynb #_account
 def _account(
     weights, # [D, N] wanted, by day of the predictions
     market,
@@ -343,11 +348,6 @@ def _account(
     return pl.DataFrame(dict(date=market.dates) | dict(zip(names, np.array(rows).T)))
 
 # %% ../nbs/04c_backtest.ipynb #backtest
-def _market_of(chosen, predictions, trading, prices):
-    if prices is None: return _from_targets(chosen, predictions, trading)
-    return _from_prices(chosen, prices, trading)
-
-# %% ../nbs/04c_backtest.ipynb #backtest-2
 def backtest(
     predictions,            # anything that `load_predictions` takes; without prices it needs rows of 1d
     horizon=1,              # which target's predictions to trade: 5, '5d', '5d_delay1', a `Target`
@@ -366,7 +366,7 @@ def backtest(
     weights = target_weights(chosen.prediction, trading, chosen.horizon).numpy()
     return _account(weights, market, trading)
 
-# %% ../nbs/04c_backtest.ipynb #performance
+# %% ../nbs/04c_backtest.ipynb #_ratio
 METRICS = ('return', 'volatility', 'sharpe', 'sortino', 'calmar', 'max_drawdown', 'omega', 'hit_rate')
 
 def _ratio(a, b):
@@ -390,14 +390,14 @@ def _metrics(x, days_a_year=252):
     return np.array([year, volatility, _ratio(year, volatility), _ratio(year, down),
                      _ratio(year, drawdown), drawdown, omega, (x > 0).mean()])
 
-# %% ../nbs/04c_backtest.ipynb #performance-2
+# %% ../nbs/04c_backtest.ipynb #_breakeven
 def _breakeven(two):
     "Basis points of the value traded that the gross return pays for; [D, 2] gross, turnover"
     gross = two[:, 0].mean()
     turnover = two[:, 1].mean()
     return gross/turnover*1e4 if turnover > 0 else 0.
 
-# %% ../nbs/04c_backtest.ipynb #performance-3
+# %% ../nbs/04c_backtest.ipynb #performance
 def performance(
     daily:pl.DataFrame, # from `backtest`
     column:str='net',   # or gross

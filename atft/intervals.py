@@ -86,7 +86,7 @@ def apart(
     half = stdtrit(len(x)-1, .975)*x.std(ddof=1)/len(x)**.5
     return dict(mean=x.mean(), low=x.mean()-half, high=x.mean()+half, days=len(x))
 
-# %% ../nbs/00h_intervals.ipynb #bootstrap_interval
+# %% ../nbs/00h_intervals.ipynb #_arch
 def _arch():
     "arch, for those who resample: it takes seconds to import, and its samplers need no numba"
     with mock.patch.dict(os.environ, ARCH_DISABLE_NUMBA='1'):
@@ -106,7 +106,7 @@ def _unknown_like(value):
     unknown = np.full(np.shape(value), np.nan)[()]
     return unknown, unknown
 
-# %% ../nbs/00h_intervals.ipynb #bootstrap_interval-2
+# %% ../nbs/00h_intervals.ipynb #bootstrap_interval
 def bootstrap_interval(
     x:np.ndarray,      # [D] or [D, S] daily values, resampled by day
     statistic=np.mean, # of a resampled series; a number or an array
@@ -171,7 +171,7 @@ def deflated_sharpe(
         variance = 1/len(x)
     return probabilistic_sharpe(x, best_of_chance(trials, variance))
 
-# %% ../nbs/00h_intervals.ipynb #overfit_probability
+# %% ../nbs/00h_intervals.ipynb #_Blocks
 class _Blocks:
     "Daily values of strategies, summed by blocks of days"
     def __init__(self, x, blocks):
@@ -195,7 +195,7 @@ class _Blocks:
         rank = (there < there[best]).sum() + ((there == there[best]).sum()+1)/2
         return rank/(len(there)+1)
 
-# %% ../nbs/00h_intervals.ipynb #overfit_probability-2
+# %% ../nbs/00h_intervals.ipynb #overfit_probability
 def overfit_probability(
     x:np.ndarray,  # [D, M] daily values of M >= 2 strategies
     blocks:int=10, # even; the days are cut into so many

@@ -16,7 +16,7 @@ from .correlation import rank_ic
 from .intervals import apart, bootstrap_interval, holm, mean_interval
 from .predictions import daily_ic, dense, load_predictions, targets_in
 
-# %% ../nbs/04b_judge.ipynb #evaluate
+# %% ../nbs/04b_judge.ipynb #_note
 _TARGET = ('horizon', 'target_name') # what a row of every frame begins with
 
 def _note(days, enough, constant, names):
@@ -49,7 +49,7 @@ def rank_autocorrelation(
     if len(prediction) < 2: return float('nan')
     return float(rank_ic(prediction[1:], prediction[:-1]).nanmean())
 
-# %% ../nbs/04b_judge.ipynb #_of_series
+# %% ../nbs/04b_judge.ipynb #_shape
 def _shape(x):
     "ICIR, share of days above zero and lag-1 autocorrelation of [D] days, NaN where unknown"
     out = dict(icir=np.nan, hit_rate=np.nan, autocorrelation=np.nan)
@@ -61,7 +61,7 @@ def _shape(x):
         out['autocorrelation'] = np.corrcoef(x[1:], x[:-1])[0, 1]
     return out
 
-# %% ../nbs/04b_judge.ipynb #_of_series-2
+# %% ../nbs/04b_judge.ipynb #_of_series
 def _of_series(daily, horizon, draws, level):
     "Mean rank IC of some days with its three intervals, and the series' shape"
     series = daily.to_numpy()
@@ -75,7 +75,7 @@ def _of_series(daily, horizon, draws, level):
     others |= dict(apart=alone['mean'], apart_low=alone['low'], apart_high=alone['high'])
     return headline | _shape(x) | others
 
-# %% ../nbs/04b_judge.ipynb #evaluate-2
+# %% ../nbs/04b_judge.ipynb #_row
 def _row(table, daily, horizon, name, draws, level):
     "The row of `evaluate` for one target"
     found = _of_series(daily['rank_ic'], horizon, draws, level)
@@ -89,7 +89,7 @@ def _row(table, daily, horizon, name, draws, level):
         days=len(days), days_constant=constant, names=daily['names'].mean(),
         note=_note(len(days), enough, constant, daily['names'].max()))
 
-# %% ../nbs/04b_judge.ipynb #evaluate-3
+# %% ../nbs/04b_judge.ipynb #evaluate
 def evaluate(
     predictions,      # anything that `load_predictions` takes
     draws:int=2000,   # of the stationary bootstrap; 0: leave boot_low and boot_high null
@@ -104,14 +104,14 @@ def evaluate(
     numbers = {column: pl.Float64 for column in rows[0] if column not in others}
     return pl.DataFrame(rows, schema_overrides=numbers).fill_nan(None)
 
-# %% ../nbs/04b_judge.ipynb #decay
+# %% ../nbs/04b_judge.ipynb #_delayed_ic
 def _delayed_ic(one, delay):
     "Rank IC of each day's target with the predictions of `delay` sessions before"
     days = len(one.dates)
     if delay >= days: return np.empty(0)
     return rank_ic(one.prediction[:days-delay], one.target[delay:]).numpy()
 
-# %% ../nbs/04b_judge.ipynb #decay-2
+# %% ../nbs/04b_judge.ipynb #decay
 def decay(
     predictions,              # anything that `load_predictions` takes
     delays:tuple[int, ...]=(0, 1, 2, 3, 4, 5), # sessions
@@ -129,7 +129,7 @@ def decay(
     types = dict(rank_ic=pl.Float64, low=pl.Float64, high=pl.Float64)
     return pl.DataFrame(rows, schema_overrides=types).fill_nan(None)
 
-# %% ../nbs/04b_judge.ipynb #plot_decay
+# %% ../nbs/04b_judge.ipynb #_write_cell
 def _write_cell(ax, column, row, found):
     "One number of the heat map"
     if found['low'] is None: return
@@ -137,7 +137,7 @@ def _write_cell(ax, column, row, found):
     look = dict(ha='center', va='center', fontsize=8, color='k' if sure else '.5')
     ax.text(column, row, f'{found["rank_ic"]:+.3f}', **look)
 
-# %% ../nbs/04b_judge.ipynb #plot_decay-2
+# %% ../nbs/04b_judge.ipynb #plot_decay
 def plot_decay(
     decayed:pl.DataFrame, # from `decay`
     ax,
@@ -157,7 +157,7 @@ def plot_decay(
     ax.set(xlabel='acted on so many sessions late', ylabel='target')
     ax.set_title('rank IC (grey: not clear of zero)')
 
-# %% ../nbs/04b_judge.ipynb #evaluate_by
+# %% ../nbs/04b_judge.ipynb #_groups
 def _groups(table, by):
     "An expression for the group of a row: its year, its half of a number, its value"
     if by == 'year': return pl.col('date').dt.year().cast(pl.String)
@@ -169,7 +169,7 @@ def _groups(table, by):
     is_high = pl.when(pl.col(by) > middle).then(pl.lit(f'high {by}'))
     return is_high.when(pl.col(by).is_not_null()).then(pl.lit(f'low {by}'))
 
-# %% ../nbs/04b_judge.ipynb #evaluate_by-2
+# %% ../nbs/04b_judge.ipynb #evaluate_by
 def evaluate_by(
     predictions, # anything that `load_predictions` takes
     by:str,      # year, or a column: a number is cut at its median of the day into its halves
@@ -185,7 +185,7 @@ def evaluate_by(
     if not parts: raise AtftError(f'evaluate_by: {by!r} is unknown in every row')
     return pl.concat(parts)
 
-# %% ../nbs/04b_judge.ipynb #compare
+# %% ../nbs/04b_judge.ipynb #with_holm
 def with_holm(
     differences:pl.DataFrame, # with a column p
 )->pl.DataFrame: # with a column holm after it
@@ -210,7 +210,7 @@ def _paired(a, b):
     on = [*_TARGET, 'date']
     return series[0].join(series[1], on=on, suffix='_b', maintain_order='left')
 
-# %% ../nbs/04b_judge.ipynb #compare-2
+# %% ../nbs/04b_judge.ipynb #_differences
 def _differences(a, b, names):
     "Rows of `compare` for two tables"
     paired = _paired(a, b)
@@ -225,7 +225,7 @@ def _differences(a, b, names):
         rows.append(who | dict(difference=difference) | found)
     return rows
 
-# %% ../nbs/04b_judge.ipynb #compare-3
+# %% ../nbs/04b_judge.ipynb #compare
 def compare(
     *predictions,         # two or more tables; each is compared with the one before it
     names:tuple[str, ...]|None=None, # what to call them
@@ -243,7 +243,7 @@ def compare(
     numbers = {column: pl.Float64 for column in ('difference', 'low', 'high', 'p', 't')}
     return with_holm(pl.DataFrame(rows, schema_overrides=numbers).fill_nan(None))
 
-# %% ../nbs/04b_judge.ipynb #decile_returns
+# %% ../nbs/04b_judge.ipynb #_bins
 def _bins(
     prediction, # [D, N], NaN where there is none
     bins,
@@ -256,7 +256,7 @@ def _bins(
     bin_ = (below*bins+gaps-1)//gaps-1  # the edges lie at multiples of gaps/bins
     return torch.where(known, bin_.clamp(min=0), torch.nan)
 
-# %% ../nbs/04b_judge.ipynb #decile_returns-2
+# %% ../nbs/04b_judge.ipynb #decile_returns
 def decile_returns(
     predictions:pl.DataFrame, # from `load_predictions`
     which,                    # a target: 5, '5d', '5d_delay1', a `Target`

@@ -35,7 +35,7 @@ def _name_of(which):
     name = which.removeprefix('target_')
     return f'{name}d' if name.isdigit() else name
 
-# %% ../nbs/04a_predictions.ipynb #load_predictions
+# %% ../nbs/04a_predictions.ipynb #_read
 COLUMNS = ('date', 'code', 'horizon', 'prediction', 'target')
 KEYS = ('horizon', 'target_name', 'date', 'code')
 
@@ -47,6 +47,9 @@ def _read(source):
     if isinstance(source, pl.LazyFrame):
         source = source.collect()
     if not isinstance(source, pl.DataFrame):
+        if not hasattr(source, '__dataframe__'):
+            kind = type(source).__name__
+            raise AtftError(f'predictions: a {kind} is no table; give a path, polars or pandas')
         source = pl.from_pandas(source)
     named = 'target_name' in source.columns
     for column in COLUMNS:
@@ -84,7 +87,7 @@ def _with_names(table):
         table = _horizons_from_names(table)
     return table.select(*others[:at], 'horizon', 'target_name', *others[at:])
 
-# %% ../nbs/04a_predictions.ipynb #load_predictions-2
+# %% ../nbs/04a_predictions.ipynb #_number
 def _number(column):
     "As float64, null where it is not finite"
     value = pl.col(column).cast(pl.Float64)
@@ -126,7 +129,7 @@ def _refuse_contradictions(table):
             raise AtftError(f'predictions: target {name!r} spans {told} sessions, but there are '
                             f'rows of it with horizon {horizon}; rename it or mend the horizon')
 
-# %% ../nbs/04a_predictions.ipynb #load_predictions-3
+# %% ../nbs/04a_predictions.ipynb #load_predictions
 def load_predictions(
     source, # path of a Parquet file, polars or pandas table with `COLUMNS`, or more
 )->pl.DataFrame: # prediction and target Float64, null where unknown; sorted by `KEYS`
@@ -140,10 +143,13 @@ def load_predictions(
     _refuse_contradictions(table)
     return table
 
+# %% ../nbs/04a_predictions.ipynb #_loaded
 def _loaded(predictions):
     "A table that went through `load_predictions`, which is not done twice"
-    is_loaded = isinstance(predictions, pl.DataFrame) and 'target_name' in predictions.columns
-    return predictions if is_loaded else load_predictions(predictions)
+    columns = getattr(predictions, 'columns', ())
+    if isinstance(predictions, pl.DataFrame) and {'horizon', 'target_name'} <= set(columns):
+        return predictions
+    return load_predictions(predictions)
 
 # %% ../nbs/04a_predictions.ipynb #example_predictions
 def example_predictions(
@@ -203,7 +209,7 @@ def dense(
     return Dense(dates.to_list(), codes.to_list(), matrix('prediction'), matrix('target'),
                  rows['horizon'][0], rows['target_name'][0])
 
-# %% ../nbs/04a_predictions.ipynb #daily_ic
+# %% ../nbs/04a_predictions.ipynb #_daily
 def _daily(one):
     "The days of one target, see `daily_ic`"
     both = one.prediction.isfinite() & one.target.isfinite()
@@ -219,7 +225,7 @@ def _daily(one):
     name = pl.lit(one.target_name).alias('target_name')
     return days.fill_nan(None).select(horizon, name, pl.all())
 
-# %% ../nbs/04a_predictions.ipynb #daily_ic-2
+# %% ../nbs/04a_predictions.ipynb #daily_ic
 def daily_ic(
     predictions:pl.DataFrame, # from `load_predictions`
 )->pl.DataFrame: # horizon, target_name, date, rank_ic, ic, names, spread (deviation across codes)
