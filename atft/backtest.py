@@ -37,6 +37,7 @@ def _check_number(name, value, least=0., kind=Real):
     if value < least:
         raise AtftError(f'backtest: {name}={value} must be at least {least:g}')
 
+# %% ../nbs/04c_backtest.ipynb #_check_choice
 def _check_choice(name, value, known):
     "One line for what is none of the known words"
     if value in known: return
@@ -88,7 +89,7 @@ class Step(NamedTuple):
     codes:list            # N codes
     value:float           # of the account before anything is traded
     held:np.ndarray       # [N] value of the positions after trading; below 0: short
-    depth:np.ndarray|None # [N] impact x volatility x sqrt(capital / daily volume); None without impact
+    depth:np.ndarray|None # [N] impact x volatility x sqrt(capital / daily volume); None: no impact
 
     def __repr__(self): return f'Step({self.date}, {len(self.codes)} codes, value {self.value:.4f})'
 
@@ -208,6 +209,7 @@ def _grid(prices, dates, codes, column):
     out[row, known['code'].to_physical().to_numpy()] = known[column].to_numpy()
     return np.where(out > 0, out, np.nan)
 
+# %% ../nbs/04c_backtest.ipynb #_last_known
 def _last_known(x):
     "Each column's last known value, day by day"
     days = np.arange(len(x))[:, None]
@@ -354,7 +356,7 @@ def backtest(
     trading:Trading|None=None, # None: the defaults
     prices:pl.DataFrame|None=None, # date, code, close; open, dollar_volume if `trading` needs them
     **changes,              # fields of `Trading` to set
-)->pl.DataFrame: # date (of the decision), gross, cost, net, turnover, value, cash, positions
+)->pl.DataFrame: # date of the decision, gross, cost, net, turnover, value, cash, positions
     """Daily return of trading the predictions
 
     `gross`, `cost`, `net` and `turnover` are shares of the account before the step that leads to

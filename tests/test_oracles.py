@@ -62,17 +62,24 @@ def test_performance_of_a_series(profits, strategy):
 
 
 def sessions(count):
-    "A calendar, and when each of its sessions opens"
-    dates = np.datetime64('2020-01-01')+np.arange(count)
-    return dates, pd.Series(pd.to_datetime(dates))
+    "A calendar"
+    return np.datetime64('2020-01-01')+np.arange(count)
+
+
+def opening(dates):
+    "When each of its sessions opens"
+    return pd.Series(pd.to_datetime(dates))
 
 
 @pytest.mark.parametrize('horizon', [1, 5, 20])
 def test_purge_is_what_purging_asks(horizon):
     """A label is known when the session `horizon` days on has closed; training may use a label only
     if that is before the first session of validation"""
-    n, v, t = 600, 300, 450
-    dates, opens = sessions(n)
+    n = 600
+    v = 300
+    t = 450
+    dates = sessions(n)
+    opens = opening(dates)
     split = split_days(dates, str(dates[v]), str(dates[t]), purge=horizon, embargo=0)
     known = opens+pd.Timedelta(days=horizon+1)  # from an open to the close `horizon` sessions later
     trains = purgedcv.purge(np.arange(v), np.arange(v, v+len(split.valid)), opens, known)
@@ -83,7 +90,8 @@ def test_purge_is_what_purging_asks(horizon):
 
 def test_walking_forward():
     size = 150
-    dates, opens = sessions(1000)
+    dates = sessions(1000)
+    opens = opening(dates)
     gap = dict(purge=20, embargo=0)
     folds = walk_forward(dates, test_days=size, valid_days=100, min_train=200, **gap)
     known = opens+pd.Timedelta(days=21)
@@ -99,7 +107,8 @@ def test_walking_forward():
 @pytest.fixture
 def predictions():
     "60 days of 97 codes; where the return is unknown a name is in no decile"
-    days, codes = 60, 97
+    days = 60
+    codes = 97
     rng = np.random.default_rng(1)
     calendar = np.datetime64('2024-01-01')+np.arange(days)
     names = [f'c{i:02d}' for i in range(codes)]
