@@ -7,7 +7,8 @@ __all__ = ['newey_west', 'fixed_b', 'cosine_error', 'mean_interval', 'apart', 'b
            'probabilistic_sharpe', 'best_of_chance', 'deflated_sharpe', 'overfit_probability', 'superior_ability']
 
 # %% ../nbs/00h_intervals.ipynb #imports
-import itertools, math
+import itertools, math, os
+from unittest import mock
 
 import numpy as np
 from scipy.special import ndtr, ndtri, stdtr, stdtrit  # scipy.stats takes a second to import
@@ -21,9 +22,13 @@ def newey_west(
 )->float:         # standard error of the mean
     "Standard error of a mean of dependent days (Newey and West, 1987)"
     e = x-x.mean()
-    variance = e @ e + 2*sum((1-k/(lag+1))*(e[k:] @ e[:-k]) for k in range(1, min(lag, len(x)-1)+1))
+    neighbours = 0
+    for k in range(1, min(lag, len(x)-1)+1):
+        neighbours += (1-k/(lag+1))*(e[k:] @ e[:-k])
+    variance = e @ e + 2*neighbours
     return float(np.sqrt(max(variance, 0)))/len(x)
 
+# %% ../nbs/00h_intervals.ipynb #fixed_b
 def fixed_b(
     days:int,
     lag:int,
@@ -37,72 +42,106 @@ def cosine_error(
     x:np.ndarray, # [D] daily values
     horizon:int,  # trading days that a value's target spans
 )->tuple[float, int]: # standard error of the mean, degrees of freedom
-    "Standard error of a mean by equally weighted cosines (Lazarus, Lewis, Stock and Watson, 2018, equation 10)"
-    D = len(x)
-    nu = max(4, int(min(.4*D**(2/3), D/(3*horizon))))
-    waves = math.sqrt(2/D)*np.cos(np.pi*np.arange(1, nu+1)[:, None]*(np.arange(D)+.5)/D)
-    return float(np.sqrt(np.mean((waves @ x)**2)/D)), nu
+    "Error of a mean by equally weighted cosines (Lazarus, Lewis, Stock and Watson, 2018, eq. 10)"
+    days = len(x)
+    count = max(4, int(min(.4*days**(2/3), days/(3*horizon))))
+    frequency = np.pi*np.arange(1, count+1)[:, None]
+    waves = math.sqrt(2/days)*np.cos(frequency*(np.arange(days)+.5)/days)
+    return float(np.sqrt(np.mean((waves @ x)**2)/days)), count
 
 # %% ../nbs/00h_intervals.ipynb #mean_interval
+def _known(x):
+    "What is finite of a series, as float64"
+    x = np.asarray(x, float)
+    return x[np.isfinite(x)]
+
 def mean_interval(
     x:np.ndarray,    # [D] one value a day, NaN where there is none
     horizon:int=1,   # trading days that a value's target spans
     level:float=.95, # of the interval
-)->dict:             # mean, low, high, p, t, days; all but mean and days NaN with fewer than 10 h days
-    "Mean over days with an interval for overlapping targets; t is Newey-West's with lag max(5, 2h)"
-    x = np.asarray(x, float)
-    x = x[np.isfinite(x)]
-    if len(x) < max(10*horizon, 10): return dict(mean=float(x.mean()) if len(x) else np.nan, low=np.nan, high=np.nan, p=np.nan, t=np.nan, days=len(x))
-    (error, nu), mean, rough = cosine_error(x, horizon), float(x.mean()), newey_west(x, max(5, 2*horizon))
-    half = stdtrit(nu, (1+level)/2)*error
-    return dict(mean=mean, low=float(mean-half), high=float(mean+half), p=float(2*stdtr(nu, -abs(mean)/error)) if error > 0 else np.nan,
-                t=mean/rough if rough > 0 else np.nan, days=len(x))
+)->dict:             # mean, low, high, p, t, days; NaN but mean and days with fewer than 10 h days
+    "Mean over days, its interval for overlapping targets, Newey-West's t with lag max(5, 2h)"
+    x = _known(x)
+    mean = float(x.mean()) if len(x) else np.nan
+    out = dict(mean=mean, low=np.nan, high=np.nan, p=np.nan, t=np.nan, days=len(x))
+    if len(x) < max(10*horizon, 10): return out
+    error, freedom = cosine_error(x, horizon)
+    half = stdtrit(freedom, (1+level)/2)*error
+    out.update(low=float(mean-half), high=float(mean+half))
+    if error > 0:
+        out['p'] = float(2*stdtr(freedom, -abs(mean)/error))
+    rough = newey_west(x, max(5, 2*horizon))
+    if rough > 0:
+        out['t'] = mean/rough
+    return out
 
+# %% ../nbs/00h_intervals.ipynb #apart
 def apart(
     x:np.ndarray,  # [D] one value a day, NaN where there is none
     horizon:int,
 )->dict:           # as `mean_interval`, from every h-th day
-    "The mean over days whose targets do not overlap, with Student's interval: fewer days, no assumption"
-    x = np.asarray(x, float)[::horizon]
-    x = x[np.isfinite(x)]
+    "The mean over days whose targets do not overlap, with Student's interval: no assumption"
+    x = _known(np.asarray(x, float)[::horizon])
     if len(x) < 10: return dict(mean=np.nan, low=np.nan, high=np.nan, days=len(x))
     half = stdtrit(len(x)-1, .975)*x.std(ddof=1)/len(x)**.5
     return dict(mean=x.mean(), low=x.mean()-half, high=x.mean()+half, days=len(x))
 
-# %% ../nbs/00h_intervals.ipynb #bootstrap_interval
-def _arch(): # of every process, only those that resample wait for this import
-    from arch import bootstrap
+# %% ../nbs/00h_intervals.ipynb #_arch
+def _arch():
+    "arch, for those who resample: it takes seconds to import, and its samplers need no numba"
+    with mock.patch.dict(os.environ, ARCH_DISABLE_NUMBA='1'):
+        from arch import bootstrap
     return bootstrap
 
 def _block_length(x):
     "Automatic length for the stationary bootstrap, the longest over the columns that vary"
     columns = x.reshape(len(x), -1)
     columns = columns[:, np.ptp(columns, 0) > 0]
-    return max(1., float(np.nanmax(_arch().optimal_block_length(columns)['stationary']))) if columns.shape[1] else 1.
+    if not columns.shape[1]: return 1.
+    lengths = _arch().optimal_block_length(columns)['stationary']
+    return max(1., float(np.nanmax(lengths)))
 
+def _unknown_like(value):
+    "Low and high for a statistic that has none"
+    unknown = np.full(np.shape(value), np.nan)[()]
+    return unknown, unknown
+
+# %% ../nbs/00h_intervals.ipynb #bootstrap_interval
 def bootstrap_interval(
     x:np.ndarray,      # [D] or [D, S] daily values, resampled by day
     statistic=np.mean, # of a resampled series; a number or an array
     draws:int=2000,
     seed:int=0,
-): # low, high of the 95% percentile interval, numbers or arrays; NaN with fewer than 20 days or without variation
-    "Stationary bootstrap (Politis and Romano, 1994) with automatic block length, by the arch library"
-    if not draws or len(x) < 20 or np.ptp(x) == 0: return (np.full(np.shape(statistic(x)), np.nan)[()],)*2 if len(x) else (np.nan, np.nan)
-    low, high = _arch().StationaryBootstrap(_block_length(x), x, seed=seed).conf_int(lambda v: np.atleast_1d(statistic(v)), draws, method='percentile')
-    return (float(low[0]), float(high[0])) if np.ndim(statistic(x)) == 0 else (low, high)
+): # low, high of the 95% percentile interval, numbers or arrays; NaN with fewer than 20 days
+    "Stationary bootstrap (Politis and Romano, 1994) with automatic block length, by arch"
+    if not len(x): return np.nan, np.nan
+    found = statistic(x)
+    if not draws or len(x) < 20 or np.ptp(x) == 0: return _unknown_like(found)
+    drawn = _arch().StationaryBootstrap(_block_length(x), x, seed=seed)
+    def at_least_1d(sample):
+        return np.atleast_1d(statistic(sample))
+    low, high = drawn.conf_int(at_least_1d, draws, method='percentile')
+    if np.ndim(found): return low, high
+    return float(low[0]), float(high[0])
 
 # %% ../nbs/00h_intervals.ipynb #holm
 def holm(
     p:np.ndarray, # [M] p values, NaN where there is none
 )->np.ndarray:    # [M] adjusted: below 0.05 means significant with all M questions asked together
     "Step-down correction for several questions (Holm, 1979)"
-    p, out = np.asarray(p, float), np.full(len(p), np.nan)
+    p = np.asarray(p, float)
+    out = np.full(len(p), np.nan)
     known = np.flatnonzero(np.isfinite(p))
     order = known[np.argsort(p[known])]
-    out[order] = np.minimum(1, np.maximum.accumulate(p[order]*np.arange(len(order), 0, -1)))
+    left = np.arange(len(order), 0, -1)
+    out[order] = np.minimum(1, np.maximum.accumulate(p[order]*left))
     return out
 
 # %% ../nbs/00h_intervals.ipynb #probabilistic_sharpe
+def _above(ratio, benchmark, days, skew, kurtosis):
+    variance = 1-skew*ratio+(kurtosis-1)/4*ratio**2
+    return float(ndtr((ratio-benchmark)*math.sqrt(days-1)/math.sqrt(variance)))
+
 def probabilistic_sharpe(
     x:np.ndarray,       # [D] daily profit
     benchmark:float=0., # daily Sharpe ratio to beat
@@ -111,42 +150,63 @@ def probabilistic_sharpe(
     z = (x-x.mean())/x.std()
     return _above(x.mean()/x.std(), benchmark, len(x), (z**3).mean(), (z**4).mean())
 
-def _above(sr, benchmark, days, skew, kurtosis): return float(ndtr((sr-benchmark)*math.sqrt(days-1)/math.sqrt(1-skew*sr+(kurtosis-1)/4*sr**2)))
-
+# %% ../nbs/00h_intervals.ipynb #best_of_chance
 def best_of_chance(
     trials:int,     # that were made
     variance:float, # of their Sharpe ratios
 )->float:           # in the same unit
-    "The Sharpe ratio to expect of the best of some worthless trials (Bailey and López de Prado, 2014, equation 1)"
+    "The best Sharpe ratio of some worthless trials (Bailey and López de Prado, 2014, equation 1)"
     if trials < 2: return 0.
-    return math.sqrt(variance)*((1-np.euler_gamma)*ndtri(1-1/trials)+np.euler_gamma*ndtri(1-1/(trials*math.e)))
+    usual = ndtri(1-1/trials)
+    lucky = ndtri(1-1/(trials*math.e))
+    return math.sqrt(variance)*((1-np.euler_gamma)*usual+np.euler_gamma*lucky)
 
 def deflated_sharpe(
     x:np.ndarray,       # [D] daily profit of the best trial
     trials:int,         # how many were made, failed ones too
     variance:float|None=None, # of their daily Sharpe ratios; None: that of worthless ones, 1/D
-)->float:               # probability that the true ratio is above what chance gives the best of them
+)->float:               # probability that the true ratio is above what chance gives the best
     "Deflated Sharpe ratio (Bailey and López de Prado, 2014, equation 2)"
-    return probabilistic_sharpe(x, best_of_chance(trials, 1/len(x) if variance is None else variance))
+    if variance is None:
+        variance = 1/len(x)
+    return probabilistic_sharpe(x, best_of_chance(trials, variance))
+
+# %% ../nbs/00h_intervals.ipynb #_Blocks
+class _Blocks:
+    "Daily values of strategies, summed by blocks of days"
+    def __init__(self, x, blocks):
+        parts = np.array_split(x, blocks)
+        self.total = np.array([part.sum(0) for part in parts])
+        self.squares = np.array([(part**2).sum(0) for part in parts])
+        self.days = np.array([len(part) for part in parts])
+
+    def sharpe(self, chosen):
+        "Each strategy's ratio over the days of some blocks"
+        days = self.days[chosen].sum()
+        mean = self.total[chosen].sum(0)/days
+        variance = self.squares[chosen].sum(0)/days-mean**2
+        return mean/np.sqrt(np.maximum(variance, 1e-30))
+
+    def rank_elsewhere(self, half):
+        "Where the best of one half stands on the other half, as a share; equals count half"
+        others = [b for b in range(len(self.days)) if b not in half]
+        best = np.argmax(self.sharpe(list(half)))
+        there = self.sharpe(others)
+        rank = (there < there[best]).sum() + ((there == there[best]).sum()+1)/2
+        return rank/(len(there)+1)
 
 # %% ../nbs/00h_intervals.ipynb #overfit_probability
 def overfit_probability(
     x:np.ndarray,  # [D, M] daily values of M >= 2 strategies
     blocks:int=10, # even; the days are cut into so many
 )->float:          # 0: the best stays best; 0.5: choosing is worthless
-    "How often the best on half of the days is below the median on the other half: combinatorial symmetric cross-validation (2017)"
-    if x.ndim != 2 or x.shape[1] < 2 or len(x) < 2*blocks or blocks % 2: raise AtftError(f'overfit_probability: {x.shape} values in {blocks} blocks; give [days, at least 2 strategies], an even number of blocks and two days for each')
-    parts = np.array_split(x, blocks)
-    total, squares, n = (np.array([f(p) for p in parts]) for f in (lambda p: p.sum(0), lambda p: (p**2).sum(0), len))
-    def ratio(chosen):
-        days = n[chosen].sum()
-        mean = total[chosen].sum(0)/days
-        return mean/np.sqrt(np.maximum(squares[chosen].sum(0)/days-mean**2, 1e-30))
-    below = []
-    for half in itertools.combinations(range(blocks), blocks//2):
-        best, there = np.argmax(ratio(list(half))), ratio([b for b in range(blocks) if b not in half])
-        rank = (there < there[best]).sum() + ((there == there[best]).sum()+1)/2
-        below.append(rank/(len(there)+1) <= .5)
+    "How often the best on half of the days is below the median on the other half"
+    if x.ndim != 2 or x.shape[1] < 2 or len(x) < 2*blocks or blocks % 2:
+        raise AtftError(f'overfit_probability: {x.shape} values in {blocks} blocks; give [days, at '
+            'least 2 strategies], an even number of blocks and two days for each')
+    cut = _Blocks(x, blocks)
+    halves = itertools.combinations(range(blocks), blocks//2)
+    below = [cut.rank_elsewhere(half) <= .5 for half in halves]
     return float(np.mean(below))
 
 # %% ../nbs/00h_intervals.ipynb #superior_ability
@@ -157,6 +217,7 @@ def superior_ability(
     seed:int=0,
 )->float: # p value of: none of them is better than the benchmark
     "Hansen's test for superior predictive ability (2005), consistent version"
-    test = _arch().SPA(-benchmark, -others, block_size=int(np.ceil(_block_length(others-benchmark[:, None]))), reps=draws, seed=seed)
+    block = int(np.ceil(_block_length(others-benchmark[:, None])))
+    test = _arch().SPA(-benchmark, -others, block_size=block, reps=draws, seed=seed)
     test.compute()
     return float(test.pvalues['consistent'])

@@ -14,151 +14,269 @@ import torch
 from .core import AtftError
 from .correlation import rank_ic
 from .intervals import apart, bootstrap_interval, holm, mean_interval
-from .predictions import daily_ic, dense, load_predictions
+from .predictions import daily_ic, dense, load_predictions, targets_in
 
-# %% ../nbs/04b_judge.ipynb #evaluate
+# %% ../nbs/04b_judge.ipynb #_note
+_TARGET = ('horizon', 'target_name') # what a row of every frame begins with
+
 def _note(days, enough, constant, names):
     "What a reader must know before the number; '' if nothing"
     if not days: return f'no day has 5 codes with prediction and target (at most {names})'
     if constant == days: return 'predictions are constant across codes'
     return '' if enough else 'too few days for an interval'
 
-def _calibration(t):
-    "How often targets lie below the 10, 50 and 90% quantile, and the mean pinball loss; null without quantiles"
-    if not {'q10', 'q50', 'q90'} <= set(t.columns): return dict(below_q10=None, below_q50=None, below_q90=None, pinball=None)
-    t, e = t.drop_nulls(['q10', 'q50', 'q90', 'target']), lambda q: pl.col('target')-pl.col(f'q{q}')
-    pinball = sum(pl.max_horizontal(q/100*e(q), (q/100-1)*e(q)) for q in (10, 50, 90))/3
-    return t.select([(e(q) < 0).mean().alias(f'below_q{q}') for q in (10, 50, 90)]+[pinball.mean().alias('pinball')]).row(0, named=True)
+# %% ../nbs/04b_judge.ipynb #_calibration
+def _calibration(rows):
+    "Share of targets below the 10, 50 and 90% quantile, and the mean pinball loss; null without"
+    quantiles = (10, 50, 90)
+    columns = [f'q{q}' for q in quantiles]
+    if not set(columns) <= set(rows.columns):
+        return dict(below_q10=None, below_q50=None, below_q90=None, pinball=None)
+    below = []
+    pinball = 0
+    for q in quantiles:
+        error = pl.col('target')-pl.col(f'q{q}')
+        below.append((error < 0).mean().alias(f'below_q{q}'))
+        pinball += pl.max_horizontal(q/100*error, (q/100-1)*error)
+    loss = (pinball/3).mean().alias('pinball')
+    return rows.drop_nulls([*columns, 'target']).select(*below, loss).row(0, named=True)
 
+# %% ../nbs/04b_judge.ipynb #rank_autocorrelation
 def rank_autocorrelation(
     prediction:torch.Tensor, # [D, N], NaN where there is none
 )->float: # mean over days; NaN with fewer than two days
-    "Spearman correlation of a day's predictions with the day before's: 1 minus it is how fast the ranking turns over"
-    return float(rank_ic(prediction[1:], prediction[:-1]).nanmean()) if len(prediction) > 1 else float('nan')
+    "Spearman correlation of a day's predictions with the day before's"
+    if len(prediction) < 2: return float('nan')
+    return float(rank_ic(prediction[1:], prediction[:-1]).nanmean())
 
-# %% ../nbs/04b_judge.ipynb #evaluate-2
+# %% ../nbs/04b_judge.ipynb #_shape
+def _shape(x):
+    "ICIR, share of days above zero and lag-1 autocorrelation of [D] days, NaN where unknown"
+    out = dict(icir=np.nan, hit_rate=np.nan, autocorrelation=np.nan)
+    if len(x):
+        out['hit_rate'] = (x > 0).mean()
+    if len(x) > 1 and x.std() > 0:
+        out['icir'] = x.mean()/x.std()
+    if len(x) > 2 and np.ptp(x[1:]) and np.ptp(x[:-1]):
+        out['autocorrelation'] = np.corrcoef(x[1:], x[:-1])[0, 1]
+    return out
+
+# %% ../nbs/04b_judge.ipynb #_of_series
+def _of_series(daily, horizon, draws, level):
+    "Mean rank IC of some days with its three intervals, and the series' shape"
+    series = daily.to_numpy()
+    x = daily.drop_nulls().to_numpy()
+    mean = mean_interval(series, horizon, level)
+    boot = bootstrap_interval(x, draws=draws)
+    alone = apart(series, horizon)
+    headline = dict(rank_ic=mean['mean'])
+    headline |= {name: mean[name] for name in ('low', 'high', 'p', 't')}
+    others = dict(boot_low=boot[0], boot_high=boot[1])
+    others |= dict(apart=alone['mean'], apart_low=alone['low'], apart_high=alone['high'])
+    return headline | _shape(x) | others
+
+# %% ../nbs/04b_judge.ipynb #_row
+def _row(table, daily, horizon, name, draws, level):
+    "The row of `evaluate` for one target"
+    found = _of_series(daily['rank_ic'], horizon, draws, level)
+    days = daily.drop_nulls('rank_ic')
+    constant = int((days['spread'].fill_null(0) <= 0).sum())
+    enough = found['low'] == found['low']
+    return dict(
+        horizon=horizon, target_name=name, **found, ic=daily['ic'].mean(),
+        rank_autocorrelation=rank_autocorrelation(dense(table, name).prediction),
+        **_calibration(table.filter(pl.col('target_name') == name)),
+        days=len(days), days_constant=constant, names=daily['names'].mean(),
+        note=_note(len(days), enough, constant, daily['names'].max()))
+
+# %% ../nbs/04b_judge.ipynb #evaluate
 def evaluate(
     predictions,      # anything that `load_predictions` takes
     draws:int=2000,   # of the stationary bootstrap; 0: leave boot_low and boot_high null
     level:float=.95,  # of low and high
-)->pl.DataFrame: # a row per horizon
-    "Rank IC of each horizon and how sure it is; what cannot be said is null, and `note` says why"
-    table, rows = load_predictions(predictions), []
-    for (h,), d in daily_ic(table).group_by('horizon', maintain_order=True):
-        series, x = d['rank_ic'].to_numpy(), d['rank_ic'].drop_nulls().to_numpy()
-        i, boot, alone = mean_interval(series, h, level), bootstrap_interval(x, draws=draws), apart(series, h)
-        constant = int((d.drop_nulls('rank_ic')['spread'].fill_null(0) <= 0).sum())
-        rows.append(dict(horizon=h, rank_ic=i['mean'], low=i['low'], high=i['high'], p=i['p'], t=i['t'], icir=x.mean()/x.std() if len(x) > 1 and x.std() > 0 else np.nan,
-            hit_rate=(x > 0).mean() if len(x) else np.nan, autocorrelation=np.corrcoef(x[1:], x[:-1])[0, 1] if len(x) > 2 and np.ptp(x[1:]) and np.ptp(x[:-1]) else np.nan,
-            boot_low=boot[0], boot_high=boot[1], apart=alone['mean'], apart_low=alone['low'], apart_high=alone['high'], ic=d['ic'].mean(),
-            rank_autocorrelation=rank_autocorrelation(dense(table, h).prediction), **_calibration(table.filter(pl.col('horizon') == h)),
-            days=len(x), days_constant=constant, names=d['names'].mean(), note=_note(len(x), i['low'] == i['low'], constant, d['names'].max())))
-    floats = {k: pl.Float64 for k in rows[0] if k not in ('horizon', 'days', 'days_constant', 'note')}
-    return pl.DataFrame(rows, schema_overrides=floats).fill_nan(None)
+)->pl.DataFrame: # a row per target
+    "Rank IC of each target and how sure it is; what cannot be said is null, and `note` says why"
+    table = load_predictions(predictions)
+    rows = []
+    for (horizon, name), daily in daily_ic(table).group_by(_TARGET, maintain_order=True):
+        rows.append(_row(table, daily, horizon, name, draws, level))
+    others = (*_TARGET, 'days', 'days_constant', 'note')
+    numbers = {column: pl.Float64 for column in rows[0] if column not in others}
+    return pl.DataFrame(rows, schema_overrides=numbers).fill_nan(None)
+
+# %% ../nbs/04b_judge.ipynb #_delayed_ic
+def _delayed_ic(one, delay):
+    "Rank IC of each day's target with the predictions of `delay` sessions before"
+    days = len(one.dates)
+    if delay >= days: return np.empty(0)
+    return rank_ic(one.prediction[:days-delay], one.target[delay:]).numpy()
 
 # %% ../nbs/04b_judge.ipynb #decay
 def decay(
     predictions,              # anything that `load_predictions` takes
     delays:tuple[int, ...]=(0, 1, 2, 3, 4, 5), # sessions
-)->pl.DataFrame: # horizon, delay, rank_ic, low, high, days
+)->pl.DataFrame: # horizon, target_name, delay, rank_ic, low, high, days
     "Rank IC of predictions that are acted on some sessions late"
-    table, rows = load_predictions(predictions), []
-    for h in sorted(table['horizon'].unique()):
-        d = dense(table, h)
+    table = load_predictions(predictions)
+    rows = []
+    for h, name in targets_in(table):
+        one = dense(table, name)
         for delay in delays:
-            i = mean_interval(rank_ic(d.prediction[:len(d.dates)-delay], d.target[delay:]).numpy() if delay < len(d.dates) else np.empty(0), h)
-            rows.append(dict(horizon=h, delay=delay, rank_ic=i['mean'], low=i['low'], high=i['high'], days=i['days']))
-    return pl.DataFrame(rows, schema_overrides=dict(rank_ic=pl.Float64, low=pl.Float64, high=pl.Float64)).fill_nan(None)
+            found = mean_interval(_delayed_ic(one, delay), h)
+            numbers = {key: found[key] for key in ('low', 'high', 'days')}
+            what = dict(horizon=h, target_name=name, delay=delay, rank_ic=found['mean'])
+            rows.append(what | numbers)
+    types = dict(rank_ic=pl.Float64, low=pl.Float64, high=pl.Float64)
+    return pl.DataFrame(rows, schema_overrides=types).fill_nan(None)
+
+# %% ../nbs/04b_judge.ipynb #_write_cell
+def _write_cell(ax, column, row, found):
+    "One number of the heat map"
+    if found['low'] is None: return
+    sure = not found['low'] <= 0 <= found['high']
+    look = dict(ha='center', va='center', fontsize=8, color='k' if sure else '.5')
+    ax.text(column, row, f'{found["rank_ic"]:+.3f}', **look)
 
 # %% ../nbs/04b_judge.ipynb #plot_decay
 def plot_decay(
     decayed:pl.DataFrame, # from `decay`
     ax,
 ):
-    "Heat map horizon by delay; numbers whose interval contains zero are grey"
-    grid = decayed.pivot(on='delay', index='horizon', values='rank_ic')
-    values = grid.drop('horizon').to_numpy().astype(float)
+    "Heat map target by delay; numbers whose interval contains zero are grey"
+    grid = decayed.pivot(on='delay', index='target_name', values='rank_ic')
+    names = grid['target_name'].to_list()
+    delays = grid.columns[1:]
+    values = grid.drop('target_name').to_numpy().astype(float)
     most = np.nanmax(np.abs(values)) if np.isfinite(values).any() else 1.
     ax.imshow(values, cmap='coolwarm', vmin=-most, vmax=most, aspect='auto')
-    for r, row in enumerate(grid['horizon']):
-        for c, delay in enumerate(grid.columns[1:]):
-            one = decayed.filter((pl.col('horizon') == row) & (pl.col('delay') == int(delay))).row(0, named=True)
-            sure = one['low'] is not None and not one['low'] <= 0 <= one['high']
-            ax.text(c, r, '' if one['low'] is None else f'{one["rank_ic"]:+.3f}', ha='center', va='center', fontsize=8, color='k' if sure else '.5')
-    ax.set(xticks=range(len(grid.columns)-1), yticks=range(len(grid)), xlabel='acted on so many sessions late', ylabel='horizon', title='rank IC (grey: not clear of zero)')
-    ax.set_xticklabels(grid.columns[1:]); ax.set_yticklabels(grid['horizon'])
+    for found in decayed.iter_rows(named=True):
+        column = delays.index(str(found['delay']))
+        _write_cell(ax, column, names.index(found['target_name']), found)
+    ax.set_xticks(range(len(delays)), delays)
+    ax.set_yticks(range(len(names)), names)
+    ax.set(xlabel='acted on so many sessions late', ylabel='target')
+    ax.set_title('rank IC (grey: not clear of zero)')
+
+# %% ../nbs/04b_judge.ipynb #_groups
+def _groups(table, by):
+    "An expression for the group of a row: its year, its half of a number, its value"
+    if by == 'year': return pl.col('date').dt.year().cast(pl.String)
+    if by not in table.columns:
+        there = ', '.join(table.columns)
+        raise AtftError(f'evaluate_by: no column {by!r}; there are {there}, and year')
+    if not table.schema[by].is_numeric(): return pl.col(by).cast(pl.String)
+    middle = pl.col(by).median().over('date', 'target_name')
+    is_high = pl.when(pl.col(by) > middle).then(pl.lit(f'high {by}'))
+    return is_high.when(pl.col(by).is_not_null()).then(pl.lit(f'low {by}'))
 
 # %% ../nbs/04b_judge.ipynb #evaluate_by
 def evaluate_by(
     predictions, # anything that `load_predictions` takes
     by:str,      # year, or a column: a number is cut at its median of the day into its halves
-)->pl.DataFrame: # group, horizon, rank_ic, low, high, t, days, names
+)->pl.DataFrame: # group, horizon, target_name, rank_ic, low, high, t, days, names
     "`evaluate` for each group of rows"
     table = load_predictions(predictions)
-    if by != 'year' and by not in table.columns: raise AtftError(f'evaluate_by: no column {by!r}; there are {", ".join(table.columns)}, and year')
-    if by == 'year': group = pl.col('date').dt.year().cast(pl.String)
-    elif table.schema[by].is_numeric():
-        group = pl.when(pl.col(by) > pl.col(by).median().over('date', 'horizon')).then(pl.lit(f'high {by}')).when(pl.col(by).is_not_null()).then(pl.lit(f'low {by}'))
-    else: group = pl.col(by).cast(pl.String)
-    parts = [evaluate(part.drop('group'), draws=0).select(pl.lit(g).alias('group'), 'horizon', 'rank_ic', 'low', 'high', 't', 'days', 'names')
-             for (g,), part in table.with_columns(group=group).drop_nulls('group').sort('group').group_by('group', maintain_order=True)]
+    grouped = table.with_columns(group=_groups(table, by)).drop_nulls('group').sort('group')
+    parts = []
+    for (group,), rows in grouped.group_by('group', maintain_order=True):
+        judged = evaluate(rows.drop('group'), draws=0)
+        figures = judged.select(*_TARGET, 'rank_ic', 'low', 'high', 't', 'days', 'names')
+        parts.append(figures.select(pl.lit(group).alias('group'), pl.all()))
     if not parts: raise AtftError(f'evaluate_by: {by!r} is unknown in every row')
     return pl.concat(parts)
 
-# %% ../nbs/04b_judge.ipynb #compare
+# %% ../nbs/04b_judge.ipynb #with_holm
 def with_holm(
     differences:pl.DataFrame, # with a column p
 )->pl.DataFrame: # with a column holm after it
     "p values corrected for the number of rows that have one"
     out = differences.drop('holm', strict=False)
-    return out.insert_column(out.columns.index('p')+1, pl.Series('holm', holm(out['p'].to_numpy())).fill_nan(None))
+    corrected = pl.Series('holm', holm(out['p'].to_numpy())).fill_nan(None)
+    return out.insert_column(out.columns.index('p')+1, corrected)
 
+# %% ../nbs/04b_judge.ipynb #_paired
+_ROW = ('date', 'code', 'target_name')
+
+def _paired(a, b):
+    "Daily rank ICs of two tables on the rows that both predict, beside each other; None without"
+    known = a.drop_nulls('prediction').select(_ROW)
+    common = known.join(b.drop_nulls('prediction').select(_ROW), on=_ROW)
+    if not len(common): return None
+    series = []
+    for table in (a, b):
+        if len(table) > len(common):
+            table = table.join(common, on=_ROW, how='semi')
+        series.append(daily_ic(table).select(*_TARGET, 'date', 'rank_ic'))
+    on = [*_TARGET, 'date']
+    return series[0].join(series[1], on=on, suffix='_b', maintain_order='left')
+
+# %% ../nbs/04b_judge.ipynb #_differences
+def _differences(a, b, names):
+    "Rows of `compare` for two tables"
+    paired = _paired(a, b)
+    if paired is None:
+        raise AtftError(f'compare: no row is predicted by both {names[0]} and {names[1]}')
+    paired = paired.with_columns(difference=pl.col('rank_ic_b')-pl.col('rank_ic'))
+    rows = []
+    for (h, target_name), days in paired.group_by(_TARGET, maintain_order=True):
+        found = mean_interval(days['difference'].to_numpy(), h)
+        who = dict(horizon=h, target_name=target_name, a=names[0], b=names[1])
+        difference = found.pop('mean')
+        rows.append(who | dict(difference=difference) | found)
+    return rows
+
+# %% ../nbs/04b_judge.ipynb #compare
 def compare(
     *predictions,         # two or more tables; each is compared with the one before it
     names:tuple[str, ...]|None=None, # what to call them
-)->pl.DataFrame:          # horizon, a, b, difference (b - a), low, high, p, holm, t, days
+)->pl.DataFrame: # horizon, target_name, a, b, difference (b - a), low, high, p, holm, t, days
     "Paired differences of daily rank IC, on the rows that both predict, with 95% intervals"
-    if len(predictions) < 2: raise AtftError(f'compare: {len(predictions)} table given; give at least two')
-    names, tables, rows = names or tuple('abcdefgh')[:len(predictions)], [load_predictions(p) for p in predictions], []
-    for (na, a), (nb, b) in zip(zip(names, tables), zip(names[1:], tables[1:])):
-        keys = ['date', 'code', 'horizon']
-        common = a.drop_nulls('prediction').select(keys).join(b.drop_nulls('prediction').select(keys), on=keys)
-        if not len(common): raise AtftError(f'compare: no row is predicted by both {na} and {nb}')
-        ics = [daily_ic(t if len(t) == len(common) else t.join(common, on=keys, how='semi')).select('horizon', 'date', 'rank_ic') for t in (a, b)]
-        paired = ics[0].join(ics[1], on=['horizon', 'date'], suffix='_b').with_columns(d=pl.col('rank_ic_b')-pl.col('rank_ic'))
-        for (h,), d in paired.group_by('horizon', maintain_order=True):
-            i = mean_interval(d['d'].to_numpy(), h)
-            rows.append(dict(horizon=h, a=na, b=nb, difference=i['mean'], low=i['low'], high=i['high'], p=i['p'], t=i['t'], days=i['days']))
-    numbers = {k: pl.Float64 for k in ('difference', 'low', 'high', 'p', 't')}
+    if len(predictions) < 2:
+        raise AtftError(f'compare: {len(predictions)} table given; give at least two')
+    names = names or tuple('abcdefgh')[:len(predictions)]
+    if len(names) != len(predictions):
+        raise AtftError(f'compare: {len(predictions)} tables with {len(names)} names; give each one')
+    tables = [load_predictions(p) for p in predictions]
+    rows = []
+    for i in range(len(names)-1):
+        rows += _differences(tables[i], tables[i+1], names[i:i+2])
+    numbers = {column: pl.Float64 for column in ('difference', 'low', 'high', 'p', 't')}
     return with_holm(pl.DataFrame(rows, schema_overrides=numbers).fill_nan(None))
 
-# %% ../nbs/04b_judge.ipynb #decile_returns
+# %% ../nbs/04b_judge.ipynb #_bins
 def _bins(
     prediction, # [D, N], NaN where there is none
     bins,
 ):              # [D, N] 0 .. bins-1, NaN where there is none
-    "Cut each day at its quantiles as pandas.qcut does: a value is in the first bin whose upper edge it does not exceed, so ties stay together"
+    "Which quantile bin of its day a value is in"
     known = prediction.isfinite()
-    in_order = torch.where(known, prediction, torch.inf).sort(1).values
-    below, gaps = torch.searchsorted(in_order, torch.where(known, prediction, torch.inf)), (known.sum(1, keepdim=True)-1).clamp(min=1)
-    return torch.where(known, ((below*bins+gaps-1)//gaps-1).clamp(min=0), torch.nan)  # the edges lie at multiples of gaps/bins
+    values = torch.where(known, prediction, torch.inf)
+    below = torch.searchsorted(values.sort(1).values, values)
+    gaps = (known.sum(1, keepdim=True)-1).clamp(min=1)
+    bin_ = (below*bins+gaps-1)//gaps-1  # the edges lie at multiples of gaps/bins
+    return torch.where(known, bin_.clamp(min=0), torch.nan)
 
+# %% ../nbs/04b_judge.ipynb #decile_returns
 def decile_returns(
     predictions:pl.DataFrame, # from `load_predictions`
-    horizon:int,
+    which,                    # a target: 5, '5d', '5d_delay1', a `Target`
     bins:int=10,
 )->pl.DataFrame: # decile 1 .. bins; mean return relative to the day's mean, low, high; turnover
-    "Mean forward return of each prediction decile, relative to the day's mean, with 95% intervals over days; turnover is the share of its names that were not in it the session before"
-    d = dense(predictions, horizon)
-    both = d.prediction.isfinite() & d.target.isfinite()
-    bin_, target = _bins(torch.where(both, d.prediction, torch.nan), bins), torch.where(both, d.target, torch.nan)
-    relative, rows = target-target.nanmean(1, keepdim=True), []
+    "Mean forward return of each prediction decile, relative to the day's mean, and its turnover"
+    one = dense(predictions, which)
+    both = one.prediction.isfinite() & one.target.isfinite()
+    bin_ = _bins(torch.where(both, one.prediction, torch.nan), bins)
+    target = torch.where(both, one.target, torch.nan)
+    relative = target-target.nanmean(1, keepdim=True)
+    rows = []
     for b in range(bins):
-        i, there = mean_interval(torch.where(bin_ == b, relative, torch.nan).nanmean(1).numpy(), horizon), bin_ == b
+        there = bin_ == b
+        daily = torch.where(there, relative, torch.nan).nanmean(1)
+        found = mean_interval(daily.numpy(), one.horizon)
         new = (there[1:] & ~there[:-1]).sum(1).double()/there[1:].sum(1)
-        rows.append(dict(decile=b+1, mean=i['mean'], low=i['low'], high=i['high'], turnover=float(new.nanmean())))
+        numbers = dict(mean=found['mean'], low=found['low'], high=found['high'])
+        rows.append(dict(decile=b+1, **numbers, turnover=float(new.nanmean())))
     return pl.DataFrame(rows).fill_nan(None)
-
 
 # %% ../nbs/04b_judge.ipynb #plot_deciles
 def plot_deciles(
@@ -168,6 +286,9 @@ def plot_deciles(
 ):
     "Bars with intervals, in basis points"
     mean = deciles['mean'].to_numpy()*1e4
-    error = None if deciles['low'].has_nulls() else np.abs(np.stack([deciles['low'].to_numpy()*1e4-mean, deciles['high'].to_numpy()*1e4-mean]))
+    error = None
+    if not deciles['low'].has_nulls():
+        ends = np.stack([deciles['low'].to_numpy(), deciles['high'].to_numpy()])
+        error = np.abs(ends*1e4-mean)
     ax.bar(deciles['decile'], mean, yerr=error, color='tab:blue', alpha=.7, error_kw=dict(lw=1))
     ax.set(title=title, xlabel='decile of the prediction', ylabel='bp against the mean')
