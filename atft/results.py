@@ -20,7 +20,8 @@ import polars as pl
 from fastcore.basics import patch
 from tqdm import tqdm
 
-from .backtest import Trading, backtest, equal_weight, performance, random_portfolios
+from .backtest import (
+    Trading, backtest, equal_weight, metric, performance, random_portfolios)
 from .baselines import baselines
 from .core import AtftError, write_json
 from .intervals import deflated_sharpe, overfit_probability, superior_ability
@@ -238,18 +239,19 @@ def step_differences(
 # %% ../nbs/04e_results.ipynb #Trades
 class Trades(NamedTuple):
     "Every forecaster traded once"
+    how:str      # long-short, or long alone
     cost:str     # what trading costs, in words
-    rate:float   # basis points of the value traded
     daily:dict   # name -> `backtest`
     gross:dict   # name -> `performance` before costs
     net:dict     # name -> `performance` after costs
     by_cost:dict # basis points -> `backtest` of the last phase
+    sharpes:dict # basis points -> Sharpe ratio of the last phase, low, high
     luck:np.ndarray|None     # Sharpe ratios of shuffled portfolios
     equal:pl.DataFrame|None  # `performance` of equal weights, without costs
     why:str=''   # why there is nothing
 
 # %% ../nbs/04e_results.ipynb #_terms
-def _nothing(why): return Trades('', 0., {}, {}, {}, {}, None, None, why)
+def _nothing(why): return Trades('', '', {}, {}, {}, {}, {}, None, None, why)
 
 def _terms(trading, cost_bps):
     "The trading that is meant, its rate in basis points, and the rate in words"
@@ -299,9 +301,13 @@ def trade(
     tables = {n: t for n, t in result.everything.items() if names is None or n in names}
     daily, gross, net = _accounts(tables, trading, options)
     by_cost = _by_cost(last, daily[result.last], trading, rate, **options)
+    sharpes = {rate: metric(net[result.last], 'sharpe')}
+    for bps in by_cost.keys()-sharpes.keys():
+        sharpes[bps] = metric(performance(by_cost[bps]), 'sharpe')
     shuffled = random_portfolios(last, trading=trading, **options) if luck else None
     equal = performance(equal_weight(last)) if '1d' in target_names(last) else None
-    return Trades(cost, rate, daily, gross, net, by_cost, shuffled, equal)
+    how = trading.side.replace('_', '-')
+    return Trades(how, cost, daily, gross, net, by_cost, sharpes, shuffled, equal)
 
 # %% ../nbs/04e_results.ipynb #Doubts
 class Doubts(NamedTuple):
