@@ -10,7 +10,7 @@ __all__ = ['CAVEATS', 'same', 'alone', 'effect', 'said_step', 'said_rival', 'lab
            'plot_decay', 'plot_deciles', 'rank_ic', 'daily_ic', 'dense', 'load_predictions', 'AtftError', 'RunResult',
            'load_run', 'make_frames', 'step_differences']
 
-# %% ../nbs/04_eval.ipynb #imports-constants
+# %% ../nbs/04_eval.ipynb #imports
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,7 +196,9 @@ def rank_ic_table(
 )->str: # markdown: a row per name, a column per target
     "Rank IC with intervals, side by side"
     targets = target_names(next(iter(evaluations.values())))
-    rows = [[name, *_cells(e, targets, _rank_ic_cell)] for name, e in evaluations.items()]
+    rows = []
+    for name, evaluation in evaluations.items():
+        rows.append([name, *_cells(evaluation, targets, _rank_ic_cell)])
     return table(['', *map(label, targets)], rows)
 
 # %% ../nbs/04_eval.ipynb #difference_table
@@ -234,7 +236,6 @@ def _detail_row(row):
             *(_known(row[column], form) for column, form in forms.items()),
             row['days'], _known(row['names'], '.0f'), row['note']]
 
-# %% ../nbs/04_eval.ipynb #_detail_table
 def _detail_table(evaluation):
     "Everything else that is known of each target of one forecaster"
     return table(_DETAIL, [_detail_row(row) for row in named(evaluation).iter_rows(named=True)])
@@ -272,10 +273,9 @@ def _backtest_table(trades):
         rows.append(['equal weight, long, no costs', sharpe, *['']*9])
     return table(head, rows)
 
-# %% ../nbs/04_eval.ipynb #_plot_rank_ic-constants
+# %% ../nbs/04_eval.ipynb #_plot_cumulative
 _SHOWN = ('reversal_1d', 'ridge', 'lightgbm')  # the baselines that a picture has room for
 
-# %% ../nbs/04_eval.ipynb #_plot_cumulative
 def _plot_cumulative(ax, result, frames):
     "Cumulative rank IC of the phases and some baselines, with the band of the last phase"
     ics = {name: one_target(ic, frames.spoken) for name, ic in frames.ics.items()}
@@ -449,7 +449,7 @@ def tried(
     if not frames.trades.why: out.append(_said_luck(result, frames.trades))
     return out
 
-# %% ../nbs/04_eval.ipynb #_about-constants
+# %% ../nbs/04_eval.ipynb #CAVEATS
 CAVEATS = (
     'Positions are traded at the close that the prediction uses, which no one can do exactly (the '
     'decay by delay shows what waiting costs); a code without a return on a day earns nothing on '
@@ -547,7 +547,7 @@ def _sections(report):
             '## With everything in mind that was tried', *tried(report.result, report.frames),
             *_attribution(report), '## What to keep in mind', f'{CAVEATS} {report.terms}']
 
-# %% ../nbs/04_eval.ipynb #write_report
+# %% ../nbs/04_eval.ipynb #_show_figures
 def _terms_of(trading):
     if trading is not None: return f'Traded as {trading}.'
     return ('Costs are a fixed share of the value traded here; `Trading` has impact, borrow and '
@@ -563,7 +563,7 @@ def _show_figures(result, frames, report):
         shown['attribution'] = f'![attribution]({copy.name})'
     return shown
 
-# %% ../nbs/04_eval.ipynb #write_report-2
+# %% ../nbs/04_eval.ipynb #write_report
 def write_report(
     run_dir:str|Path,       # a run folder, or the folds of a walk-forward with commas
     report_dir:str|Path,
