@@ -187,7 +187,8 @@ def verdict(
 def _cells(frame, targets, cell):
     "A cell for each target, empty where the frame has none"
     rows = {row['target_name']: row for row in named(frame).iter_rows(named=True)}
-    return [cell(rows[target]) if target in rows else '' for target in targets]
+    cells = {target: cell(row) for target, row in rows.items()}
+    return [cells.get(target, '') for target in targets]
 
 def _rank_ic_cell(row): return with_interval(row['rank_ic'], row['low'], row['high'])
 
