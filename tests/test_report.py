@@ -1,0 +1,181 @@
+"What the report says: every branch of its sentences with made numbers, and what it is made of"
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import polars as pl
+import pytest
+
+from atft import eval as report
+from atft.backtest import Trading
+from atft.core import AtftError
+from atft.eval import alone, effect, said_rival, said_step, verdict, write_report
+from atft.judge import evaluate
+from atft.market import MarketSpec, embedded_panel
+from atft.results import (
+    example_run, load_run, make_frames, named, spoken_target, step_differences, trade)
+
+UP = dict(difference=.0089, low=.0031, high=.0148)
+DOWN = dict(difference=-.0042, low=-.0070, high=-.0014)
+LEVEL = dict(difference=.0004, low=-.0010, high=.0018)
+SAME = dict(difference=0, low=0, high=0, holm=None)
+SHORT = dict(difference=.01, low=None, high=None, holm=None)
+
+
+def row(shows, holm=.11, **more):
+    "A difference of the last phase against LightGBM, as `step_differences` has it"
+    return dict(a='lightgbm', b='2 fan', holm=holm, horizon=1, target_name='1d') | shows | more
+
+
+STEPS = [
+    (row(UP, .01), 'adds +0.0089 [+0.0031, +0.0148]'),
+    (row(UP), 'asked alone would add +0.0089 [+0.0031, +0.0148], '
+              'but not among 36 comparisons (Holm p = .11)'),
+    (row(UP, .052), 'asked alone would add +0.0089 [+0.0031, +0.0148], '
+                    'but not among 36 comparisons (Holm p = .052)'),
+    (row(UP, None), 'asked alone would add +0.0089 [+0.0031, +0.0148], '
+                    'but not corrected for other comparisons'),
+    (row(DOWN, .01), 'takes away -0.0042 [-0.0070, -0.0014]'),
+    (row(DOWN), 'asked alone would take away -0.0042 [-0.0070, -0.0014], '
+                'but not among 36 comparisons (Holm p = .11)'),
+    (row(LEVEL, 1.), 'makes no measurable difference: +0.0004 [-0.0010, +0.0018]'),
+    (row(SAME), 'kept the weights it was given'),
+    (row(SHORT), 'cannot be compared: too few days')]
+
+RIVALS = [
+    (row(UP, .01), 'It is ahead of the best baseline, lightgbm (+0.0089 [+0.0031, +0.0148])'),
+    (row(UP), 'Asked alone, it would be ahead of the best baseline, lightgbm '
+              '(+0.0089 [+0.0031, +0.0148]), but not among 36 comparisons (Holm p = .11)'),
+    (row(DOWN, .01), 'It is behind the best baseline, lightgbm (-0.0042 [-0.0070, -0.0014])'),
+    (row(DOWN, .12), 'Asked alone, it is behind the best baseline, lightgbm '
+                     '(-0.0042 [-0.0070, -0.0014]), but not among 36 comparisons (Holm p = .12)'),
+    (row(LEVEL, 1.), 'It is level with the best baseline, lightgbm (+0.0004 [-0.0010, +0.0018])'),
+    (row(SAME), 'It predicts the same as the best baseline, lightgbm'),
+    (row(SHORT), 'It cannot be compared with the best baseline, lightgbm: too few days')]
+
+
+@pytest.mark.parametrize('difference, says', STEPS)
+def test_a_step_is_said_as_its_interval_and_all_comparisons_allow(difference, says):
+    assert said_step(difference, 36) == says
+
+
+@pytest.mark.parametrize('difference, says', RIVALS)
+def test_a_baseline_is_said_as_its_interval_and_all_comparisons_allow(difference, says):
+    assert said_rival(difference, 36) == says
+
+
+def test_no_sentence_contradicts_the_interval_beside_it():
+    for holm in (None, .001, .049, .05, .2, 1.):
+        for shows in (UP, DOWN, LEVEL):
+            one = row(shows, holm)
+            said = [said_step(one, 36), said_rival(one, 36)]
+            unclear = [s for s in said if re.search('no measurable|not distinguishable|level', s)]
+            assert len(unclear) == (0 if alone(one) else 2)
+            claims = [s for s in said if re.search('^adds|^takes away|is ahead of', s)]
+            assert bool(claims) == (alone(one) != 0 and effect(one) is not None)
+
+
+def test_a_table_is_bold_by_the_rule_of_the_sentences():
+    assert report._difference_cell(row(UP, .01)) == '**+0.0089 [+0.0031, +0.0148]**'
+    assert report._difference_cell(row(UP)) == '+0.0089 [+0.0031, +0.0148]'
+    assert report._difference_cell(row(SAME)) == 'the same'
+    assert report._difference_cell(row(SHORT)) == 'too few days'
+    pairs = pl.DataFrame([row(UP, .01), row(LEVEL, 1., horizon=5, target_name='5d_delay1')])
+    head = report.difference_table(pairs).splitlines()[0]
+    assert head == '|  | h=1 | 5d_delay1 |'
+
+
+@pytest.fixture(scope='module')
+def panel(tmp_path_factory):
+    market = MarketSpec(codes=40, days=300, clusters=4)
+    return embedded_panel(market, cache=tmp_path_factory.mktemp('market'))
+
+
+@pytest.fixture(scope='module')
+def run(panel, tmp_path_factory):
+    "A run folder made by hand: three phases, the second the same as the first"
+    folder = tmp_path_factory.mktemp('run')
+    example_run(folder, panel)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def result(run):
+    return load_run(run, ('reversal_1d', 'ridge'))
+
+
+def on_weeks(result):
+    "The same without the target of one day"
+    later = {}
+    for kind in ('phases', 'baselines'):
+        tables = getattr(result, kind)
+        later[kind] = {n: t.filter(pl.col('horizon') > 1) for n, t in tables.items()}
+    return result._replace(**later)
+
+
+def test_the_verdict_of_a_run_counts_its_comparisons(result):
+    pairs = step_differences(result)
+    judged = {name: evaluate(table, draws=0) for name, table in result.everything.items()}
+    said = verdict(result, judged, pairs, 10.)
+    assert said[0].startswith('Phase 2 knows 0.3 ranks the next day with a rank IC of ')
+    assert 'phase 1 knows 0.2 kept the weights it was given' in said[1]
+    asked = pairs['p'].count()
+    weak = pairs.with_columns(holm=pl.when(pl.col('p').is_not_null()).then(pl.lit(.5)))
+    again = verdict(result, judged, weak, 10.)
+    assert f'not among {asked} comparisons (Holm p = .50)' in again[1]
+    alone_in_the_run = result._replace(phases={'2 x': result.phases[result.last]}, baselines={})
+    said = verdict(alone_in_the_run, {'2 x': judged[result.last]},
+                   step_differences(alone_in_the_run))
+    assert said[1] == 'Only one phase was trained.'
+    assert said[2].startswith('It was not set beside a baseline; after 10 bp')
+
+
+def test_a_run_without_a_daily_target_is_reported_and_not_traded(result):
+    later = on_weeks(result)
+    frames = make_frames(later)
+    assert frames.spoken == '5d' and frames.trades.net == {}
+    said = verdict(later, frames.evaluations, frames.pairs, trades=frames.trades)
+    assert 'ranks the next 5 days' in said[0] and '5 days ahead' in said[1]
+    assert 'nothing is said about profit: there is no target 1d' in said[2]
+    assert 'Nothing is traded' in report.tried(later, frames)[0]
+    assert 'profit' not in report.plot_evaluation(later, frames)
+
+
+def test_targets_go_by_name_where_they_have_one():
+    plain = pl.DataFrame(dict(horizon=[1, 5]))
+    assert named(plain)['target_name'].to_list() == ['1d', '5d']
+    other = pl.DataFrame(dict(horizon=[1, 5, 6], target_name=['next_oc', '5d', '5d_delay1']))
+    assert spoken_target(other) == '5d'
+    assert spoken_target(other.filter(pl.col('target_name') != '5d')) == 'next_oc'
+    heads = [report.label(name) for name in other['target_name']]
+    assert heads == ['next_oc', 'h=5', '5d_delay1']
+
+
+def test_a_trading_of_ones_own_is_what_the_report_counts(run, tmp_path):
+    only = dict(baselines=('ridge',))
+    cheap = write_report(run, tmp_path, 'cheap', trading=Trading(spread_bps=0), **only).read_text()
+    dear = write_report(run, tmp_path, 'dear', cost_bps=50., **only).read_text()
+    assert 'after 0 bp its daily long-short' in cheap and 'Traded as Trading(' in cheap
+    assert 'after 50 bp its daily long-short' in dear and '-p cost_bps 50' in dear
+    assert '| lightgbm |' not in cheap
+
+
+def test_a_cost_of_ones_own_is_not_drawn_at_other_spreads(result):
+    @dataclass(frozen=True)
+    class Flat(Trading):
+        "Prices its own way"
+    trades = trade(result, Flat(spread_bps=8), names=(result.last,), luck=False)
+    assert trades.cost == 'its own costs' and list(trades.by_cost) == [4.]
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(AtftError, match='holds no config.json; train with 03_phases first'):
+        load_run(tmp_path)
+
+
+def test_the_report_is_imported_without_the_network_or_compiled_loops():
+    heavy = ['numba', 'atft.kernels', 'atft.network', 'atft.graph', 'atft.phases']
+    check = f'import sys, atft.eval; print([m for m in {heavy} if m in sys.modules])'
+    found = subprocess.run([sys.executable, '-c', check], capture_output=True, text=True)
+    assert found.stdout.strip() == '[]', found.stdout + found.stderr
