@@ -9,7 +9,6 @@ __all__ = ['BASELINES', 'score_rows', 'past_return', 'reversal', 'momentum', 'ri
 # %% ../nbs/04d_baselines.ipynb #imports
 import importlib.util
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import polars as pl
@@ -19,19 +18,6 @@ from tqdm import tqdm
 from .core import AtftError, atomic_path, recipe_key
 from .panel import Panel
 from .predictions import load_predictions
-
-# %% ../nbs/04d_baselines.ipynb #_Label
-class _Label(NamedTuple):
-    "A usual target of a panel"
-    horizon:int
-    name:str
-    column:str
-
-def _labels(panel):
-    "The targets of a panel: each with `horizon`, `name` and `column`"
-    labels = getattr(panel.spec, 'labels', None)
-    if labels is not None: return labels
-    return [_Label(h, f'{h}d', f'target_{h}d') for h in panel.spec.horizons]
 
 # %% ../nbs/04d_baselines.ipynb #_rows
 def _rows(panel, dates, columns):
@@ -45,7 +31,7 @@ def _rows(panel, dates, columns):
 def _predictions(rows, panel, make):
     "The long table of `make(column)` for the column of every target"
     parts = []
-    for label in _labels(panel):
+    for label in panel.spec.labels:
         values = np.asarray(make(label.column), np.float64)
         parts.append(rows.select(
             'date', 'code',

@@ -6,6 +6,7 @@
 __all__ = ['FULL_OR_FORBIDDEN', 'AtftError', 'atomic_path', 'write_json', 'build_once', 'code_key', 'recipe_key', 'file_digest']
 
 # %% ../nbs/00a_core.ipynb #imports
+import dis
 import errno
 import functools
 import hashlib
@@ -158,8 +159,15 @@ def add_function(self:_Recipe, function):
         self.add(cell.cell_contents)
     self.add_code(function.__code__, function.__doc__, function.__globals__)
 
+def _global_names(code):
+    "What a piece of code looks up outside of itself, each name once"
+    loads = [i for i in dis.get_instructions(code) if i.opname in ('LOAD_GLOBAL', 'LOAD_NAME')]
+    return list(dict.fromkeys(i.argval for i in loads))
+
 @patch
 def add_class(self:_Recipe, kind):
+    for base in kind.__bases__:
+        self.add(base)
     for name, member in sorted(vars(kind).items()):
         if name in ('__doc__', '__module__', '__dict__', '__weakref__', '__annotations__'): continue
         self.parts.append(name)
@@ -174,10 +182,9 @@ def add_code(self:_Recipe, code, doc, names):
             self.add_code(constant, None, names)
         elif constant != doc:
             self.add_value(constant)
-    for name in code.co_names:
-        self.parts.append(name)
-        if name in names:
-            self.add(names[name])
+    self.parts += code.co_names
+    for name in _global_names(code):
+        if name in names: self.add(names[name])
 
 @patch
 def add_value(self:_Recipe, value):

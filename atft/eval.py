@@ -31,8 +31,9 @@ from .judge import (
 from .predictions import daily_ic, dense, load_predictions
 from .reports import (
     dated, provenance, provenance_table, save_figure, table, with_interval, write_text)
+from .runs import RunFolder
 from .results import (
-    Frames, RunResult, Trades, _RunFolder, deflated, load_run, make_frames, named, one_target,
+    Frames, RunResult, Trades, deflated, load_run, make_frames, named, one_target,
     spoken_target, step_differences, target_names, trade)
 
 # %% ../nbs/04_eval.ipynb #handed_on
@@ -586,5 +587,5 @@ def write_report(
     write_text(report, ['# Evaluation', *(f'- {s}' for s in sentences), provenance_table(facts),
                         _about(result.configs), *sections])
     for folder in str(run_dir).split(','):
-        write_text(_RunFolder(folder).verdict, ['\n'.join([f'report: {report}', *sentences])])
+        write_text(RunFolder(folder).verdict, ['\n'.join([f'report: {report}', *sentences])])
     return report

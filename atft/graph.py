@@ -632,6 +632,8 @@ class GraphCache:
     def spec(self): return self.graph.spec
     @property
     def attributes(self)->int: return self.graph.attributes
+    @property
+    def code(self)->str: return self._code()  # key of what makes the edges
 
     def __repr__(self):
         asked = self.hits+self.misses

@@ -8,27 +8,25 @@ __all__ = ['named', 'target_names', 'spoken_target', 'one_target', 'as_asked', '
 
 # %% ../nbs/04e_results.ipynb #imports
 import hashlib
-import json
 import re
 from dataclasses import replace
-from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import polars as pl
-from fastcore.basics import patch
 from tqdm import tqdm
 
 from .backtest import (
     Trading, backtest, equal_weight, metric, performance, random_portfolios)
-from .baselines import baselines
+from .baselines import cached_baselines
 from .core import AtftError, write_json
 from .intervals import deflated_sharpe, overfit_probability, superior_ability
 from .judge import compare, decay, decile_returns, evaluate, evaluate_by, with_holm
 from .ledger import Ledger
 from .panel import Panel
 from .predictions import daily_ic, load_predictions
+from .runs import CONFIG_VERSION, RunFolder
 
 # %% ../nbs/04e_results.ipynb #named
 def named(
@@ -68,35 +66,6 @@ def as_asked(
     plain = re.fullmatch(r'(\d+)d', name)
     return int(plain[1]) if plain else name
 
-# %% ../nbs/04e_results.ipynb #_RunFolder
-class _RunFolder:
-    "What training left in a folder, by name"
-    def __init__(self, path):
-        self.path = Path(path)
-        self.ledger = Ledger(self.path)
-        self.verdict = self.path/'verdict.txt'
-
-    def predictions_path(self, number): return self.path/f'phase{number}_predictions.parquet'
-
-    def attribution(self, number): return self.path/f'phase{number}_attribution.png'
-
-    def predictions(self, number): return load_predictions(self.predictions_path(number))
-
-# %% ../nbs/04e_results.ipynb #read_config
-@patch
-def read_config(self:_RunFolder):
-    path = self.path/'config.json'
-    if path.exists(): return json.loads(path.read_text())
-    raise AtftError(f'run_dir {self.path} holds no config.json; train with 03_phases first')
-
-@patch
-def finished(self:_RunFolder):
-    "Phase number -> its metrics, in order"
-    found = [json.loads(p.read_text()) for p in self.path.glob('phase*_metrics.json')]
-    in_order = sorted(found, key=itemgetter('phase'))
-    if found: return {metrics['phase']: metrics for metrics in in_order}
-    raise AtftError(f'{self.path} holds no finished phase; train with 03_phases first')
-
 # %% ../nbs/04e_results.ipynb #_example_predictions
 def _example_predictions(panel, dates, knows, seed=0):
     "What the oracle of a generated market knows, with noise; as training writes it"
@@ -117,7 +86,8 @@ def _example_config(panel):
     parts = dict(train=days[:180], valid=days[185:210], test=days[235:])
     split = {k: (str(v[0]), str(v[-1]), len(v)) for k, v in parts.items()}
     data = dict(folder=str(panel.folder.resolve()), panel=repr(panel), source=panel.source)
-    return dict(run=dict(phase='0-2', seed=0, embargo=5), data=data, split=split)
+    run = dict(phase='0-2', seed=0, embargo=5)
+    return dict(version=CONFIG_VERSION, run=run, phases=[], data=data, split=split)
 
 def example_run(
     folder:str|Path, # to write into
@@ -127,7 +97,7 @@ def example_run(
     "A run folder made by hand, for demonstrations; phases that know the same predict the same"
     write_json(Path(folder)/'config.json', _example_config(panel))
     for number, share in enumerate(knows):
-        path = _RunFolder(folder).predictions_path(number)
+        path = RunFolder(folder).predictions_path(number)
         _example_predictions(panel, panel.dates[235:], share).write_parquet(path)
         facts = dict(phase=number, name=f'knows {share:g}', minutes=.1)
         write_json(Path(folder)/f'phase{number}_metrics.json', facts)
@@ -165,8 +135,7 @@ def _with_groups(predictions, panel):
 # %% ../nbs/04e_results.ipynb #_made_baselines
 def _made_baselines(panel, split, seed, folder, kinds):
     "The baselines on the test days, of these kinds or of all"
-    made = baselines(panel, split, split.test, seed)
-    return {name: table for name, table in made.items() if kinds is None or name in kinds}
+    return cached_baselines(panel, split, split.test, seed, folder, kinds)
 
 def _split(config, panel):
     "The days of a run, as its folder tells them"
@@ -180,18 +149,20 @@ def _split(config, panel):
 # %% ../nbs/04e_results.ipynb #_load_fold
 def _load_fold(path, kinds):
     "One run folder as a result"
-    run = _RunFolder(path)
+    run = RunFolder(path)
     config = run.read_config()
     finished = run.finished()
+    if not finished:
+        raise AtftError(f'{run.path} holds no finished phase; train with 03_phases first')
     panel = Panel(config['data']['folder'])
     phases = {}
     digest = hashlib.sha256()
     for number, metrics in finished.items():
         digest.update(run.predictions_path(number).read_bytes())
-        test = run.predictions(number).filter(pl.col('split') == 'test')
+        test = load_predictions(run.predictions(number)).filter(pl.col('split') == 'test')
         phases[f'{number} {metrics["name"]}'] = _with_groups(test, panel)
     run.ledger.write('test', digest.hexdigest()[:16])
-    made = _made_baselines(panel, _split(config, panel), config['run']['seed'], run.path, kinds)
+    made = _made_baselines(panel, _split(config, panel), config['run']['seed'], run.baselines, kinds)
     minutes = sum(m['minutes'] for m in finished.values())
     picture = run.attribution(max(finished))
     pictures = [picture] if picture.exists() else []
