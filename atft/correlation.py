@@ -26,9 +26,10 @@ def average_rank(
     rank = torch.empty_like(value).scatter_(-1, order, mean_place)
     return torch.where(x.isnan(), torch.nan, rank)
 
-# %% ../nbs/00g_correlation.ipynb #pearson
+# %% ../nbs/00g_correlation.ipynb #MIN_NAMES
 MIN_NAMES = 5  # a day with fewer scored and labelled codes has no rank IC and no loss
 
+# %% ../nbs/00g_correlation.ipynb #pearson
 def pearson(
     a:Tensor,                # [..., N]
     b:Tensor,                # [..., N]

@@ -320,8 +320,9 @@ def plain(self:GatedLayer, x:Tensor)->Tensor: # [N, L, C] -> the same
     "`forward` in plain tensor operations; statistics in float32 at least"
     wide = x if x.dtype == torch.float64 else x.float()
     with torch.autocast(x.device.type, enabled=False):
+        F = self.scores(wide)
         values, known = split_missing(wide)
-        y = self.gate(values, self.scores(wide), known)
+        y = self.gate(values, F, known)
     return y.to(x.dtype)
 
 # %% ../nbs/02_fan_san.ipynb #GatedLayer-forward
