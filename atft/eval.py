@@ -311,8 +311,8 @@ def _plot_years(ax, years):
 # %% ../nbs/04_eval.ipynb #_plot_rank_ic
 def _plot_rank_ic(result, frames):
     "Cumulative with its band, the histogram, the years"
-    shape = dict(figsize=(12, 3), width_ratios=(2, 1, 1), constrained_layout=True)
-    fig, axes = plt.subplots(1, 3, **shape)
+    fig = plt.figure(figsize=(12, 3), constrained_layout=True)
+    axes = fig.subplots(1, 3, width_ratios=(2, 1, 1))
     _plot_cumulative(axes[0], result, frames)
     daily = one_target(frames.ics[result.last], frames.spoken)['rank_ic']
     axes[1].hist(daily.drop_nulls(), bins=30, color='tab:blue', alpha=.7)
@@ -336,7 +336,8 @@ def _plot_accounts(ax, below, by_cost):
 # %% ../nbs/04_eval.ipynb #_plot_profit
 def _plot_profit(trades):
     "Value and drawdown at several costs, and the Sharpe ratio by cost with its interval"
-    fig, axes = plt.subplots(1, 3, figsize=(12, 2.8), constrained_layout=True)
+    fig = plt.figure(figsize=(12, 2.8), constrained_layout=True)
+    axes = fig.subplots(1, 3)
     _plot_accounts(axes[0], axes[1], trades.by_cost)
     axes[0].set(title=f'value of the account, {trades.how}')
     costs = list(trades.by_cost)
@@ -361,8 +362,9 @@ def _plot_steps(pairs):
     "Paired differences as points with intervals, a column a target"
     targets = target_names(pairs.sort('horizon', maintain_order=True))
     names = pairs.select('b', 'a').unique(maintain_order=True).rows()
-    shape = dict(figsize=(3*len(targets)+1, .3*len(names)+1), sharey=True, squeeze=False)
-    fig, axes = plt.subplots(1, len(targets), constrained_layout=True, **shape)
+    size = (3*len(targets)+1, .3*len(names)+1)
+    fig = plt.figure(figsize=size, constrained_layout=True)
+    axes = fig.subplots(1, len(targets), sharey=True, squeeze=False)
     for ax, target in zip(axes[0], targets):
         for row in one_target(pairs, target).iter_rows(named=True):
             _plot_step(ax, row, names.index((row['b'], row['a'])))
@@ -375,7 +377,8 @@ def _plot_steps(pairs):
 # %% ../nbs/04_eval.ipynb #_plot_reach
 def _plot_reach(decayed, evaluation):
     "Target by delay, and how often targets fall below each quantile"
-    fig, axes = plt.subplots(1, 2, figsize=(9, 2.8), constrained_layout=True)
+    fig = plt.figure(figsize=(9, 2.8), constrained_layout=True)
+    axes = fig.subplots(1, 2)
     plot_decay(decayed, axes[0])
     for row in named(evaluation).iter_rows(named=True):
         below = [row['below_q10'], row['below_q50'], row['below_q90']]
@@ -390,8 +393,8 @@ def _plot_reach(decayed, evaluation):
 # %% ../nbs/04_eval.ipynb #_plot_deciles
 def _plot_deciles(name, deciles):
     "Mean return by decile, a picture a target"
-    shape = dict(figsize=(11, 2.4), constrained_layout=True, squeeze=False)
-    fig, axes = plt.subplots(1, len(deciles), **shape)
+    fig = plt.figure(figsize=(11, 2.4), constrained_layout=True)
+    axes = fig.subplots(1, len(deciles), squeeze=False)
     for ax, (target, found) in zip(axes[0], deciles.items()):
         plot_deciles(found, ax, f'phase {name}, {label(target)}')
     return fig
