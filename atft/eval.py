@@ -475,7 +475,23 @@ def _about(configs):
         lines.append('- '+', '.join(parts))
     first = (f'{run["embargo"]} sessions of embargo and the longest horizon are left out before '
              f'each border. Trained by `python -m atft.phases` with {options}.')
-    return '\n\n'.join([first, '\n'.join(lines)])
+    return '\n\n'.join([first, '\n'.join(lines), *_made_of(configs[0])])
+
+def _made_of(config):
+    "Features, targets, graph, and each phase's parts and loss, in paragraphs"
+    if 'features' not in config['data']: return []
+    data = config['data']
+    graph = config['keys']['graph']
+    options = ', '.join(f'{k}={v}' for k, v in graph['spec'].items())
+    found = [
+        f'- {len(data["features"])} features: {", ".join(data["features"])}',
+        f'- targets: {", ".join(data["targets"])}',
+        f'- graph: {graph["name"]} ({options})']
+    for phase in config['phases']:
+        parts = ', '.join(phase['parts']) or 'no part'
+        terms = ', '.join(f'{name} {weight:g}' for name, weight in phase['terms'].items())
+        found.append(f'- phase {phase["name"]}: {parts} on; loss {terms}')
+    return ['\n'.join(found)]
 
 # %% ../nbs/04_eval.ipynb #_facts
 def _command(run_dir, name, cost_bps):

@@ -72,9 +72,9 @@ def open_data(
 )->Panel:
     "The panel of a run, made from bars if that is what the folder holds"
     source = spec.source
-    if not source.targets or source.data is None:
-        return open_panel(source.data, cache, skip_damaged=source.skip_damaged)
-    return open_panel(source.data, cache, skip_damaged=source.skip_damaged, horizons=source.targets)
+    is_ready = source.data is None or (Path(source.data)/'panel.json').exists()
+    options = {} if is_ready or not source.targets else dict(horizons=source.targets)
+    return open_panel(source.data, cache, skip_damaged=source.skip_damaged, **options)
 
 def split_of(
     spec:RunSpec,

@@ -143,10 +143,12 @@ def config_of(
     made = provenance('', '', s.spec.seed, 0)
     data = dict(
         fingerprint=panel.fingerprint, source=panel.source, panel=repr(panel),
-        skipped=panel.skipped, folder=str(panel.folder.resolve()))
+        features=panel.spec.features, targets=panel.spec.target_names, skipped=panel.skipped,
+        folder=str(panel.folder.resolve()))
     split = {name: [str(days[0]), str(days[-1]), len(days)] for name, days in vars(s.split).items()}
     graph = s.graphs.graph
-    keys = dict(panel=panel.recipe, graph=dict(spec=asdict(graph.spec), code=s.graphs.code))
+    edges = dict(name=type(graph).__name__, spec=asdict(graph.spec), version=graph.version)
+    keys = dict(panel=panel.recipe, graph=edges | dict(code=s.graphs.code))
     return dict(
         run=s.spec.flat(), phases=[asdict(phase) for phase in phases], data=data, split=split,
         keys=keys, made={name: made[name] for name in ('commit', 'versions', 'hardware')})
