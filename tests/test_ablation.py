@@ -1,4 +1,4 @@
-"What the ablation computes of results: gains, shares and the ceiling of a window, from made numbers"
+"What the ablation computes of results: gains, shares and the ceiling of a window"
 import logging
 import re
 
