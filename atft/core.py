@@ -167,7 +167,7 @@ def _global_names(code):
 
 NOT_CODE = {
     '__doc__', '__module__', '__dict__', '__weakref__', '__annotations__', '__annotate_func__',
-    '__firstlineno__', '__static_attributes__'}
+    '__firstlineno__', '__static_attributes__', '__slotnames__'}
 
 def _inner(member):
     "The function inside a static or class method, a property, a cached property"
@@ -200,14 +200,14 @@ def add_code(self:_Recipe, code, doc, names):
 
 @patch
 def add_value(self:_Recipe, value):
-    "A constant by what it says; of anything else, a module say, its kind"
+    "A constant by what it says; of anything else, a module or a set that fills up, its kind"
     if isinstance(value, dict):
         for key, one in value.items():
             self.add([key, one])
     elif isinstance(value, (list, tuple)):
         for one in value:
             self.add(one)
-    elif isinstance(value, (set, frozenset)):
+    elif isinstance(value, frozenset):
         self.parts.append(repr(sorted(map(repr, value))))
     elif value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
         self.parts.append(repr(value))
