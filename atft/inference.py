@@ -27,8 +27,9 @@ from .core import AtftError
 from .correlation import rank_ic
 from .data import (
     OnlineRobustScaler, ParquetStockIterableDataset, Split, make_loader, split_days)
+from .explain import explain, plot_explanation
 from .graph import CorrelationGraph, GraphCache, SectorHistory
-from .network import ATFT, OWN_PARTS, Forecast, NetworkSpec, check_part, explain, plot_explanation
+from .network import ATFT, OWN_PARTS, Forecast, NetworkSpec, check_part
 from .panel import Panel
 from .processes import Processes
 from .project import project_root

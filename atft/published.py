@@ -9,6 +9,7 @@ __all__ = ['FrequencySplit', 'main_frequency', 'SliceSplit', 'slice_normalize', 
 from typing import NamedTuple
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .core import AtftError
@@ -50,14 +51,14 @@ def slice_normalize(
     eps:float=1e-5,  # added to the standard deviation
 )->SliceSplit:
     "Normalize each slice of each channel by its own statistics (SAN, NeurIPS 2023)"
-    N, L, C = x.shape
+    L = x.shape[1]
     if length < 2 or L % length:
         raise AtftError(f'slice_normalize: length={length} must be at least 2'
                         f' and divide the window of {L} steps')
-    slices = x.reshape(N, L//length, length, C)
+    slices = x.unflatten(1, (L//length, length))
     mean = slices.mean(2, keepdim=True)
     std = slices.std(2, keepdim=True)
-    x_norm = ((slices-mean)/(std+eps)).reshape(N, L, C)
+    x_norm = ((slices-mean)/(std+eps)).flatten(1, 2)
     return SliceSplit(x_norm, mean.squeeze(2), std.squeeze(2))
 
 # %% ../nbs/02g_published.ipynb #RevIN
@@ -73,14 +74,18 @@ class RevIN(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels)) if affine else None
         self.bias = nn.Parameter(torch.zeros(channels)) if affine else None
 
-    def normalize(self, x:Tensor): # [N, L, C] -> the same; mean and deviation [N, 1, C]
-        mean = x.mean(1, keepdim=True)
-        deviation = (x.var(1, keepdim=True)+self.eps).sqrt()
-        z = (x-mean)/deviation
-        if self.weight is not None: z = z*self.weight+self.bias
-        return z, (mean, deviation)
+# %% ../nbs/02g_published.ipynb #RevIN-normalize
+@patch
+def normalize(self:RevIN, x:Tensor): # [N, L, C] -> the same; mean and deviation [N, 1, C]
+    mean = x.mean(1, keepdim=True)
+    deviation = (x.var(1, keepdim=True)+self.eps).sqrt()
+    z = (x-mean)/deviation
+    if self.weight is not None: z = z*self.weight+self.bias
+    return z, (mean, deviation)
 
-    def denormalize(self, x:Tensor, statistics): # the exact inverse of `normalize`
-        mean, deviation = statistics
-        if self.weight is not None: x = (x-self.bias)/self.weight
-        return x*deviation+mean
+# %% ../nbs/02g_published.ipynb #RevIN-denormalize
+@patch
+def denormalize(self:RevIN, x:Tensor, statistics): # the exact inverse of `normalize`
+    mean, deviation = statistics
+    if self.weight is not None: x = (x-self.bias)/self.weight
+    return x*deviation+mean
