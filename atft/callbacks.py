@@ -79,14 +79,6 @@ def wishes(self:Keeper, trainer)->list[bool]: # to stop, to save
 
 # %% ../nbs/03i_callbacks.ipynb #farewell
 @patch
-def stop_if_asked(self:Keeper, trainer):
-    "Stop between two phases, when everything of the last one is written"
-    asked = trainer.shared.processes.same(self.flag.asked)
-    if asked:
-        raise Stopped(f'phase {trainer.number} is whole; stopped as asked before the next one, '
-                      'the same command continues there', asked)
-
-@patch
 def farewell(self:Keeper, trainer)->str:
     "Where training stopped, and how it goes on"
     number = trainer.number
@@ -96,6 +88,15 @@ def farewell(self:Keeper, trainer)->str:
     return (f'phase {number}: stopped as asked, {trainer.partial["days"]} of '
             f'{len(trainer.shared.split.train)} days into epoch {len(trainer.history)}; '
             f'{kept if is_kept else lost}')
+
+# %% ../nbs/03i_callbacks.ipynb #stop_if_asked
+@patch
+def stop_if_asked(self:Keeper, trainer):
+    "Stop between two phases, when everything of the last one is written"
+    asked = trainer.shared.processes.same(self.flag.asked)
+    if asked:
+        raise Stopped(f'phase {trainer.number} is whole; stopped as asked before the next one, '
+                      'the same command continues there', asked)
 
 # %% ../nbs/03i_callbacks.ipynb #Progress
 class Progress(Callback):
@@ -114,6 +115,7 @@ class Progress(Callback):
     def phase_ends(self, trainer): self.bar.close()
     def phase_fails(self, trainer, error): self.bar.close()
 
+# %% ../nbs/03i_callbacks.ipynb #step_ends
 @patch
 def step_ends(self:Progress, trainer):
     partial = trainer.partial

@@ -38,7 +38,7 @@ _all_ = [
 
 # %% ../nbs/05_hpo.ipynb #PARAMETERS
 PARAMETERS = dict( # of this notebook
-    n_trials='finished trials that the study shall have; None: nothing but a demonstration',
+    n_trials='finished trials that the study shall have; None: a demonstration',
     study_dir='where the study lives; None: runs/hpo',
     horizon='target whose validation rank IC is maximised: 1, 5d_delay1; None: 1',
     storage='address of a database that machines share; None: a journal',

@@ -67,7 +67,7 @@ def _by_name(phase, name, known):
                               f'{", ".join(known)}, or a mapping from names')
     return dict(zip(known, given))
 
-# %% ../nbs/03h_phase_row.ipynb #_normalize
+# %% ../nbs/03h_phase_row.ipynb #_as_names
 def _as_names(phase, name):
     "A field with several values, as a tuple"
     given = getattr(phase, name)
@@ -75,6 +75,7 @@ def _as_names(phase, name):
         raise _refusal(phase, f'{name}={given!r} must be a tuple')
     return tuple(given)
 
+# %% ../nbs/03h_phase_row.ipynb #_normalize
 def _normalize(phase):
     "Tuples of names and mappings of weights, however they were given"
     terms = _by_name(phase, 'terms', OWN_TERMS)
@@ -164,7 +165,7 @@ def _parsed(old, value):
     if isinstance(old, tuple): return tuple(_word(v) for v in value.split())
     return type(old)(value)
 
-# %% ../nbs/03h_phase_row.ipynb #override
+# %% ../nbs/03h_phase_row.ipynb #_changed
 def _changed(phase, name, value, change):
     "The phase with one field read from text; the name of a group stands for its rate"
     old = getattr(phase, name, 1.)
@@ -178,6 +179,7 @@ def _changed(phase, name, value, change):
         kind = type(old).__name__
         raise AtftError(f'overrides: {change!r} is not a {kind} like {old!r}') from None
 
+# %% ../nbs/03h_phase_row.ipynb #override
 def override(
     phases:tuple[Phase, ...],
     changes:str, # "2.lr=1e-3,epochs=5"; several values between blanks: "3.terms=.1 .1 .4 .4"

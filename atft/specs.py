@@ -225,19 +225,20 @@ class RunSpec:
         found = flat_names()[name]
         return getattr(getattr(self, found.record), found.field)
 
-# %% ../nbs/03a_specs.ipynb #_read
+# %% ../nbs/03a_specs.ipynb #_read_tuple
 def _plain_kind(kind):
     "The type of an annotation without None: `str` of `str|None`, `tuple` of `tuple[int, ...]`"
     kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
     return next(one for one in kinds if one is not NoneType)
-
-TRUTH = {'true': True, 'false': False}
 
 def _read_tuple(value, kind):
     "Several values of a kind, from a text with blanks or commas between them"
     parts = value.replace(',', ' ').split() if isinstance(value, str) else value
     if not isinstance(parts, (tuple, list)): parts = (parts,)
     return tuple(kind(part) for part in parts)
+
+# %% ../nbs/03a_specs.ipynb #_read
+TRUTH = {'true': True, 'false': False}
 
 def _read(name, value, kind):
     "An option's value in the type of its field, or one clear line"
@@ -265,7 +266,7 @@ def _flat(self)->dict:
 RunSpec.of = classmethod(_of)
 RunSpec.flat = _flat
 
-# %% ../nbs/03a_specs.ipynb #command_line
+# %% ../nbs/03a_specs.ipynb #differing
 def differing(
     run:RunSpec,
 )->dict: # flat name -> value
@@ -273,6 +274,7 @@ def differing(
     usual = RunSpec().flat()
     return {name: value for name, value in run.flat().items() if value != usual[name]}
 
+# %% ../nbs/03a_specs.ipynb #command_line
 def _flag(name, value):
     "An option as it is typed"
     flag = '--' + name.replace('_', '-')
@@ -347,6 +349,7 @@ def table_of(
     "The table with the run's overrides"
     return override(phases, run.overrides)
 
+# %% ../nbs/03a_specs.ipynb #parts_of
 def parts_of(
     phases:tuple[Phase, ...],
 )->tuple[str, ...]:
@@ -354,26 +357,29 @@ def parts_of(
     named = [part for phase in phases for part in phase.parts]
     return tuple(dict.fromkeys([*OWN_PARTS, *named]))
 
-# %% ../nbs/03a_specs.ipynb #check_spec
-def _usual_folder(run):
-    name = Path(run.data).resolve().name if run.data else 'embedded'
-    return project_root()/'runs'/name
-
+# %% ../nbs/03a_specs.ipynb #_check_kept_windows
 def _check_kept_windows(phase, windows):
     if not set(phase.windows) <= set(windows):
         raise AtftError(f'phase {phase.name!r}: windows={phase.windows} are not among '
                         f'fan_windows={windows}')
 
+# %% ../nbs/03a_specs.ipynb #_check_start
 def _check_start(run):
     "The folder, the checkpoint and the device are there"
     if run.data is not None and not Path(run.data).is_dir():
         raise AtftError(f'data folder {run.data} does not exist; check the path')
     start = run.resume_checkpoint
     if start not in ('auto', 'none') and not Path(start).is_file():
-        raise AtftError(f'resume_checkpoint {start} does not exist; give a checkpoint, auto or none')
+        raise AtftError(f'resume_checkpoint {start} does not exist; '
+                        'give a checkpoint, auto or none')
     if run.device == 'cuda' and not torch.cuda.is_available():
         raise AtftError('device cuda is not available; use --device cpu, '
                         'or install a CUDA build of torch')
+
+# %% ../nbs/03a_specs.ipynb #check_spec
+def _usual_folder(run):
+    name = Path(run.data).resolve().name if run.data else 'embedded'
+    return project_root()/'runs'/name
 
 def check_spec(
     run:RunSpec,

@@ -50,12 +50,13 @@ SPACE = dict( # name -> (how optuna draws it, from what)
     k=('int', dict(low=5, high=40, log=True)),
     threshold=('float', dict(low=.2, high=.5)))
 
-# %% ../nbs/05a_study.ipynb #suggest
+# %% ../nbs/05a_study.ipynb #_check_fixed
 def _check_fixed(fixed):
     unknown = set(fixed)-set(SPACE)
     if unknown:
         raise AtftError(f'search: no parameter {sorted(unknown)[0]!r}; there are {", ".join(SPACE)}')
 
+# %% ../nbs/05a_study.ipynb #suggest
 def suggest(
     trial:optuna.Trial,
     fixed:tuple[str, ...]=(), # not searched
@@ -141,13 +142,20 @@ def _mend_journal(path):
     if whole < len(content): os.truncate(path, whole)
     return len(content)-whole
 
-# %% ../nbs/05a_study.ipynb #_database
+# %% ../nbs/05a_study.ipynb #without_warnings
 @contextmanager
 def without_warnings(kind=Warning):
     "A context in which warnings of a kind are not shown"
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', kind)
         yield
+
+# %% ../nbs/05a_study.ipynb #_database
+def _unreachable(address, error):
+    shown = make_url(address).render_as_string()
+    why = str(error).splitlines()[0][:150]
+    return AtftError(f'search: the database {shown} does not answer ({why}); '
+                     'check the address and that its server runs')
 
 def _database(address, tries=4):
     "Optuna's storage in a database; a second machine that makes its tables meanwhile waits"
@@ -161,18 +169,13 @@ def _database(address, tries=4):
             if attempt == tries-1: raise _unreachable(address, error) from None
             time.sleep(1+attempt)
 
-def _unreachable(address, error):
-    shown = make_url(address).render_as_string()
-    why = str(error).splitlines()[0][:150]
-    return AtftError(f'search: the database {shown} does not answer ({why}); '
-                     'check the address and that its server runs')
-
-# %% ../nbs/05a_study.ipynb #open_study
+# %% ../nbs/05a_study.ipynb #_storage
 def _storage(search):
     if search.storage: return _database(search.storage)
     journal = optuna.storages.journal.JournalFileBackend(str(search.folder/'journal.log'))
     return optuna.storages.JournalStorage(journal)
 
+# %% ../nbs/05a_study.ipynb #open_study
 def open_study(
     search:Search,
 )->optuna.Study:

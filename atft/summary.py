@@ -26,6 +26,11 @@ from .runs import RunFolder
 from .specs import RunSpec, command_line, parts_of, table_of
 from .study import OF_THE_RUN, Search, finished_trials, without_warnings
 
+# %% ../nbs/05b_summary.ipynb #_complete
+def _complete(study):
+    "The trials that have a value"
+    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+
 # %% ../nbs/05b_summary.ipynb #winner
 def winner(
     search:Search,
@@ -38,10 +43,6 @@ def winner(
     number = study.best_trial.user_attrs['folder']
     folder = RunFolder(search.folder/f'trial-{number:04d}')
     return check_run(replace(folder.run(), run_dir=str(folder.path), data=search.run.data))
-
-def _complete(study):
-    "The trials that have a value"
-    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
 
 # %% ../nbs/05b_summary.ipynb #suggested_line
 def suggested_line(
@@ -96,7 +97,7 @@ def _figures(study):
             found['parallel'].set_size_inches(12, 4)
     return found
 
-# %% ../nbs/05b_summary.ipynb #_trial_rows
+# %% ../nbs/05b_summary.ipynb #_minutes
 def _minutes(trial):
     if not trial.datetime_complete: return 0.
     return (trial.datetime_complete-trial.datetime_start).total_seconds()/60
@@ -105,6 +106,7 @@ def _rank(trial): return -trial.value if trial.state == TrialState.COMPLETE else
 
 def _short(value): return f'{value:.3g}' if isinstance(value, float) else str(value)
 
+# %% ../nbs/05b_summary.ipynb #_trial_rows
 def _trial_rows(study):
     "A line for each finished trial, the best first"
     rows = []
@@ -117,7 +119,7 @@ def _trial_rows(study):
             trial.number, trial.state.name.lower(), score, minutes, ', '.join(words), reason])
     return rows
 
-# %% ../nbs/05b_summary.ipynb #_found_rows
+# %% ../nbs/05b_summary.ipynb #_usual_values
 def _usual_values():
     "What the space's parameters are without a search; those of the loss differ by phase"
     run = RunSpec()
@@ -126,6 +128,7 @@ def _usual_values():
     own = dict(lr_factor=1., weight_decay=PHASES[0].weight_decay, fan_windows=windows)
     return usual | own
 
+# %% ../nbs/05b_summary.ipynb #_found_rows
 def _found_rows(study):
     "What was found beside what stands in the table"
     usual = _usual_values()
@@ -154,6 +157,14 @@ def _on_test_days(row, trials):
     return (f'- On the test days, which no trial saw, it has {own}; widened for {trials} trials '
             f'[{row["low_all"]:+.4f}, {row["high_all"]:+.4f}].')
 
+# %% ../nbs/05b_summary.ipynb #_written_down
+def _written_down(search, study):
+    ledger = Ledger(search.folder)
+    at_work = len(study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
+    more = f' {at_work} more still at work: run the command again when they have ended.'
+    return (f'- The ledger of the study has {ledger.count("trial")} trials and '
+            f'{ledger.count("test")} look(shared) at the test days.{more if at_work else ""}')
+
 # %% ../nbs/05b_summary.ipynb #_sentences
 def _sentences(search, study, judged):
     "What a reader must know first"
@@ -167,14 +178,20 @@ def _sentences(search, study, judged):
         f'for {search.target.name}; chosen as the largest, it is too high.',
         _on_test_days(test, len(done)), _written_down(search, study)]
 
-def _written_down(search, study):
-    ledger = Ledger(search.folder)
-    at_work = len(study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
-    more = f' {at_work} more still at work: run the command again when they have ended.'
-    return (f'- The ledger of the study has {ledger.count("trial")} trials and '
-            f'{ledger.count("test")} look(shared) at the test days.{more if at_work else ""}')
+# %% ../nbs/05b_summary.ipynb #_suggestion
+def _what_a_trial_is(run):
+    return (f'Every trial trains phase {run.phase} with at most {run.max_epochs} epochs '
+            'each; pruned by the median, sampled by TPE.')
+
+def _suggestion(search, study):
+    line = suggested_line(winner(search, study))
+    found = table(['value', 'found', 'in the table'], _found_rows(study))
+    return ['The winner as a run:', f'```bash\n{line}\n```', found]
 
 # %% ../nbs/05b_summary.ipynb #write_summary
+JUDGED = ['split', 'target', 'rank IC', 'widened for all trials', 'days']
+TRIED = ['trial', 'state', 'validation rank IC', 'minutes', 'values', 'reason']
+
 def write_summary(
     search:Search,
     study:optuna.Study,
@@ -197,15 +214,3 @@ def write_summary(
         '## How it went', *figures,
         '## Every target of the winner', table(JUDGED, _judged_rows(judged)),
         '## Every trial', table(TRIED, _trial_rows(study))])
-
-JUDGED = ['split', 'target', 'rank IC', 'widened for all trials', 'days']
-TRIED = ['trial', 'state', 'validation rank IC', 'minutes', 'values', 'reason']
-
-def _what_a_trial_is(run):
-    return (f'Every trial trains phase {run.phase} with at most {run.max_epochs} epochs '
-            'each; pruned by the median, sampled by TPE.')
-
-def _suggestion(search, study):
-    line = suggested_line(winner(search, study))
-    found = table(['value', 'found', 'in the table'], _found_rows(study))
-    return ['The winner as a run:', f'```bash\n{line}\n```', found]

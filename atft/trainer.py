@@ -87,6 +87,7 @@ def make_movers(self:Trainer):
         average = get_ema_multi_avg_fn(self.phase.averaging)
         self.averaged = AveragedModel(self.net, multi_avg_fn=average)
 
+# %% ../nbs/03c_trainer.ipynb #tell
 @patch
 def tell(self:Trainer, moment:str, *more):
     "Call a named moment of every callback"
@@ -104,6 +105,7 @@ def trained(self:Trainer)->int:
     "Epochs so far; `history[0]` is the start"
     return len(self.history)-1
 
+# %% ../nbs/03c_trainer.ipynb #best_epoch
 @patch(as_prop=True)
 def best_epoch(self:Trainer)->int:
     return max(range(len(self.history)), key=lambda epoch: self.history[epoch]['score'])
@@ -166,12 +168,14 @@ def trainable(self:Trainer)->list:
 def share_gradients(self:Trainer, parameters:list):
     "The sum of all processes' gradients, on all of them"
     if self.shared.processes.world == 1: return
-    own = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flat = self.shared.processes.sum_(torch.cat([gradient.flatten() for gradient in own]))
+    for p in parameters:
+        if p.grad is None: p.grad = torch.zeros_like(p)
+    flat = self.shared.processes.sum_(torch.cat([p.grad.flatten() for p in parameters]))
     sizes = [p.numel() for p in parameters]
     for p, part in zip(parameters, flat.split(sizes)):
         p.grad = part.view_as(p)
 
+# %% ../nbs/03c_trainer.ipynb #gradient_norms
 @patch
 def gradient_norms(self:Trainer)->Tensor: # of each group
     norms = []
@@ -225,7 +229,7 @@ def judge(self:Trainer, train:dict|None, rates:dict, seconds:float)->dict:
         self.best = {name: values.clone() for name, values in self.judged.state_dict().items()}
     return self.history[-1]
 
-# %% ../nbs/03c_trainer.ipynb #passes
+# %% ../nbs/03c_trainer.ipynb #nothing_yet
 @patch
 def nothing_yet(self:Trainer)->dict:
     "What is behind an epoch at its start"
@@ -234,6 +238,7 @@ def nothing_yet(self:Trainer)->dict:
     norms = torch.zeros(len(self.optimizer.param_groups), device=self.shared.device)
     return dict(days=0, passes=0, steps=0, seconds=0., sums=sums, norms=norms)
 
+# %% ../nbs/03c_trainer.ipynb #passes
 @patch
 def passes(self:Trainer): # yields the number of a pass and its days
     "The passes of the epoch under way that are not yet behind it"
@@ -254,19 +259,21 @@ def take(self:Trainer, nth:int, days:list):
     self.partial['passes'] = nth+1
     self.partial['days'] += len(days)
 
+# %% ../nbs/03c_trainer.ipynb #is_step_due
 @patch
 def is_step_due(self:Trainer, nth:int)->bool:
     "After `accumulate` passes, and after the last one"
     last = math.ceil(len(self.shared.split.train)/self.shared.spec.days_per_step)
     return (nth+1) % self.shared.spec.accumulate == 0 or nth+1 == last
 
-# %% ../nbs/03c_trainer.ipynb #summary
+# %% ../nbs/03c_trainer.ipynb #collect
 @patch
 def collect(self:Trainer):
     "Bring the sums of an epoch under way together in the first process"
     self.shared.processes.sum_(self.partial['sums'])
     if not self.shared.processes.first: self.partial['sums'].zero_()
 
+# %% ../nbs/03c_trainer.ipynb #summary
 @patch
 def summary(self:Trainer, rates:dict)->dict:
     "Means of an epoch over its passes and steps"
@@ -311,6 +318,7 @@ def state_dict(self:Trainer)->dict:
         history=json.dumps(self.history), partial=self.partial,
         averaged=self.averaged.state_dict() if self.averaged else None)
 
+# %% ../nbs/03c_trainer.ipynb #load_state_dict
 @patch
 def load_state_dict(self:Trainer, state:dict):
     "Continue after the step that the state was taken after"
