@@ -136,8 +136,8 @@ def test_another_graph_rule_gives_other_graphs_in_the_next_run(bars, monkeypatch
         second, new = begin(bars, 'second')
         halves = edges(second)
     assert second.graphs.misses == len(ours) and not second.graphs.hits
-    pairs = list(zip(ours, halves, strict=True))
-    assert all(a.shape[1] > b.shape[1] > 0 for a, b in pairs)
+    counts = [sum(days.shape[1] for days in found) for found in (ours, halves)]
+    assert counts[0] > counts[1] > 0
     assert old['keys']['graph']['code'] != new['keys']['graph']['code']
     again, same = begin(bars, 'again')
     assert all(map(torch.equal, ours, edges(again)))
@@ -162,7 +162,7 @@ SMALL = MarketSpec(codes=12, days=90, clusters=3)
 def test_another_generator_gives_another_embedded_panel(tmp_path, monkeypatch):
     def louder(spec=None, **changes):
         market = synthetic_market(spec, **changes)
-        panel = market.panel.with_columns(2*pl.col('turnover'))
+        panel = market.panel.with_columns(pl.col('turnover')*2)
         return replace(market, panel=panel)
 
     before = embedded_panel(SMALL, tmp_path)
@@ -174,7 +174,7 @@ def test_another_generator_gives_another_embedded_panel(tmp_path, monkeypatch):
     assert after.recipe['data'] == before.recipe['data']
     assert after.recipe['code'] != before.recipe['code']
     told = [panel.scan().collect()['turnover'] for panel in (before, after)]
-    assert_frame_equal(2*told[0].to_frame(), told[1].to_frame())
+    assert (2*told[0] == told[1]).all()
 
 
 def test_another_step_deep_in_the_generator_does_too(tmp_path, monkeypatch):
