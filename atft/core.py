@@ -15,6 +15,7 @@ import inspect
 import json
 import os
 import shutil
+import sys
 import tempfile
 import threading
 import time
@@ -116,6 +117,16 @@ def build_once(
         shutil.rmtree(temp, ignore_errors=True)
     return folder
 
+# %% ../nbs/00a_core.ipynb #_is_own
+@functools.cache
+def _is_own(module):
+    "Is a module the reader's: `__main__`, or a file that neither Python nor an installer brought?"
+    if module == '__main__': return True
+    if module.split('.')[0] in sys.stdlib_module_names: return False
+    file = getattr(sys.modules.get(module), '__file__', None)
+    if file is None: return False
+    return not {'site-packages', 'dist-packages'} & set(Path(file).parts)
+
 # %% ../nbs/00a_core.ipynb #_Recipe
 class _Recipe:
     "Collects what functions and classes are made of, each once, and what they call at home"
@@ -126,7 +137,7 @@ class _Recipe:
 
     def is_home(self, thing):
         module = getattr(thing, '__module__', None) or ''
-        return module.split('.')[0] in self.homes
+        return module.split('.')[0] in self.homes or _is_own(module)
 
     def add(self, thing):
         thing = inspect.unwrap(getattr(thing, 'py_func', thing))  # of numba, of a decorator
