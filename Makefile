@@ -1,6 +1,6 @@
 # The two commands: `make run` and `make test`. Each makes its own environment if there is none.
 .DEFAULT_GOAL := help
-.PHONY: help run test report hpo-run bench ablation chains kills lab docs export env
+.PHONY: help run test report hpo-run bench ablation chains kills lint lab docs export env
 SHELL := /bin/bash
 BIN := .venv/bin
 EPOCHS ?= 3
@@ -36,10 +36,11 @@ report: env ## write the evaluation report of a run: make report RUN=runs/NAME
 
 TRIALS ?= 20
 hpo-run: env ## search over the phase table on the embedded market, or on DATA=folder; killed, it goes on; writes reports/hpo_summary_YYYYMMDD.md
-	$(BIN)/papermill nbs/05_hpo.ipynb -p n_trials $(TRIALS) -p phase 0-3 -p max_epochs 1 -p options '' -p fixed '' -p study_dir runs/hpo $(if $(DATA),-p data $(abspath $(DATA))) -p report_dir reports
+	$(BIN)/papermill nbs/05_hpo.ipynb -p n_trials $(TRIALS) $(if $(DATA),-p data $(abspath $(DATA)) -p study_dir runs/hpo-$(notdir $(abspath $(DATA))))
 
+STEPS := -p hidden 256 -p heads 8 -p epochs 2 -p precisions float32,bfloat16 -p compiled True
 bench: env ## measure every speed claim beside its peers, a few minutes; writes reports/bench_YYYYMMDD.md (DATA=folder for the scaler's error)
-	$(BIN)/papermill nbs/06_bench.ipynb -p codes 3818 -p days 750 -p features 64 -p rounds 7 -p nodes 3818,10000 -p samples 1024 $(if $(DATA),-p data $(abspath $(DATA))) -p report_dir reports
+	$(BIN)/papermill nbs/06_bench.ipynb -p codes 3818 -p days 750 -p features 64 -p rounds 7 -p nodes 3818,10000 -p samples 1024 $(STEPS) $(if $(DATA),-p data $(abspath $(DATA))) -p report_dir reports
 
 ABLATION := -p codes 100 -p days 600 -p base_epochs 4 -p epochs 3 -p chain_epochs 5 -p hidden 16 -p run_dir runs/ablation -p report_dir reports
 ablation: env ## what each part of the network adds on generated markets; an hour or more, continues where it stopped; writes reports/fan_san_YYYYMMDD.md
@@ -52,6 +53,9 @@ chains: env ## the phases one after another with several seeds, on a large marke
 
 kills: env ## kill a run 20 times, its saving 500 times and a search 10 times, fill the disk 20 times, race for 60 seconds; writes reports/kills_YYYYMMDD.md
 	$(BIN)/python -m pytest -q tests/test_resume.py tests/test_panel.py tests/test_hpo.py --durations 12 --kills 20 --race-seconds 60 --kills-report reports
+
+lint: env ## look for lines that are too wide and names that are unused or unknown, in notebooks, package and tests
+	$(BIN)/ruff check
 
 lab: env ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab nbs
