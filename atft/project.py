@@ -40,7 +40,7 @@ PILLARS = (
     _pillar('judging', 'rank IC ± 95%, costs,', 'baselines, the report',
         '04_eval 04a_predictions 04b_judge 04c_backtest 04d_baselines 04e_results'),
     _pillar('using it', 'search, speed, what each', 'part adds, your own',
-        '05_hpo 06_bench 07_ablation 08_own_idea'),
+        '05_hpo 06_bench 07_ablation 07a_gains 08_own_idea'),
 )
 ROAD = sum((p.rooms for p in PILLARS), ())
 
