@@ -5,14 +5,11 @@
 # %% auto #0
 __all__ = ['BRANCHES', 'MARKETS', 'BRANCH_RATES', 'TRAINING_CODE', 'SHOWN_IN', 'listed', 'AblationSpec', 'Instead', 'market_of',
            'baseline_phase', 'branch_phase', 'branch_run', 'train', 'train_branch', 'oracle_predictions',
-           'branch_folder', 'train_missing', 'branch_results', 'daily', 'daily_gain', 'in_a_row', 'over_seeds', 'gains',
-           'branch_table', 'plot_branches', 'run_options', 'chain_panel', 'chain_run', 'Chain', 'chain_is_done',
-           'read_chain', 'chain_results', 'mean_sharpe', 'chain_frame', 'chain_table', 'log_table', 'share_of_oracle',
-           'made_of', 'variance_shares', 'share_table', 'effect_windows', 'views', 'learned', 'effect_limit',
-           'window_limit', 'ceiling', 'limit_table']
+           'branch_folder', 'train_missing', 'branch_results', 'run_options', 'chain_panel', 'chain_run', 'Chain',
+           'chain_is_done', 'read_chain', 'chain_results', 'variance_shares', 'effect_windows', 'views', 'learned',
+           'effect_limit', 'window_limit']
 
 # %% ../nbs/07_ablation.ipynb #imports
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -23,20 +20,20 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .backtest import backtest, metric, performance
 from .bars import open_panel
 from .core import AtftError, atomic_path, code_key, recipe_key
 from .data import make_loader
 from .fan_san import FAN, SAN, Gate, RevIN, split_missing
-from .intervals import mean_interval
+from .gains import made_of
+from .inference import Setup, predictions_table, setup
 from .market import EFFECTS, MarketSpec, embedded_panel
 from .network import ATFT, NetworkSpec
 from .panel import Panel
-from .phases import (
-    PHASES, Phase, RunSpec, Setup, Trainer, check_run, predictions_table, run_phases, setup)
-from .predictions import daily_ic
+from .phases import PHASES, check_run, run_phases
 from .project import from_root, project_root
-from .reports import table, with_interval
+from .runs import RunFolder
+from .specs import Phase, RunSpec, flat_names
+from .trainer import Trainer
 
 # %% ../nbs/07_ablation.ipynb #branches-and-markets
 BRANCHES = {
@@ -139,7 +136,7 @@ def market_of(
         cycle_days=ask.cycle_days, regime_days=ask.regime_days, seed=seed)
 
 # %% ../nbs/07_ablation.ipynb #branch-phase
-BRANCH_RATES = dict(tft=.5, gat=1.5, fan=2., san=2.5)  # multipliers of the learning rate
+BRANCH_RATES = dict(encoder=.5, graph=1.5, fan=2., san=2.5)  # multiply the learning rate
 
 def baseline_phase(
     epochs:int,
@@ -153,7 +150,7 @@ def branch_phase(
 )->Phase:
     "The training of a branch: all of its epochs, from the baseline's weights"
     parts = BRANCHES.get(branch, ())
-    return replace(baseline_phase(epochs), name=branch, parts=parts, **BRANCH_RATES)
+    return replace(baseline_phase(epochs), name=branch, parts=parts, rates=BRANCH_RATES)
 
 # %% ../nbs/07_ablation.ipynb #branch-run
 def branch_run(
@@ -172,7 +169,7 @@ def train(
 )->ATFT:         # the same, with its best weights
     "Train a phase from the weights that are there"
     trainer = Trainer(s, 0, phase, net)
-    while not trainer.history or not trainer.done:
+    while not trainer.done:
         trainer.epoch()
     net.load_state_dict(trainer.best)
     return net
@@ -217,7 +214,7 @@ def branch_folder(
     "Where the results of a market and seed stand: another code or option, another folder"
     market = repr(market_of(ask, name, seed))
     phases = [repr(baseline_phase(ask.base_epochs)), repr(branch_phase('control', ask.epochs))]
-    run = repr(branch_run(ask, seed))
+    run = branch_run(ask, seed).flat()
     key = recipe_key(market, code=TRAINING_CODE, phases=phases, run=run)
     words = f'{name}-{ask.size}-{ask.base_epochs}+{ask.epochs}-{seed}'
     return Path(folder)/f'{words}-{key}'
@@ -259,116 +256,19 @@ def branch_results(
         train_missing(ask, name, seed, folder, paths)
     return {branch: pl.read_parquet(path) for branch, path in paths.items()}
 
-# %% ../nbs/07_ablation.ipynb #daily
-def daily(
-    predictions:pl.DataFrame, # date, code, horizon, prediction, target
-    horizon:int,              # sessions
-)->pl.DataFrame:              # date, value: rank IC of the day
-    "The rank IC of each day of a horizon"
-    judged = daily_ic(predictions).filter(pl.col('horizon') == horizon)
-    return judged.select('date', value='rank_ic')
-
-# %% ../nbs/07_ablation.ipynb #daily-gain
-def daily_gain(
-    ours:pl.DataFrame, # from `daily`
-    base:pl.DataFrame, # from `daily`
-)->pl.DataFrame:       # date, value: ours less theirs, of days that both have
-    "The difference of two daily series"
-    both = ours.join(base, on='date', suffix='_base', maintain_order='left')
-    return both.select('date', value=pl.col('value')-pl.col('value_base'))
-
-# %% ../nbs/07_ablation.ipynb #in-a-row
-def in_a_row(
-    series:list[pl.DataFrame], # one a seed, from `daily` or `daily_gain`
-)->np.ndarray:
-    "Days of one seed after those of another: every seed is another market"
-    return np.concatenate([one['value'].to_numpy() for one in series])
-
-# %% ../nbs/07_ablation.ipynb #over-seeds
-def over_seeds(
-    series:list[pl.DataFrame], # one a seed, from `daily` or `daily_gain`
-)->np.ndarray:
-    "The mean over seeds of each day: all saw the same market"
-    days = pl.concat(series).group_by('date', maintain_order=True)
-    return days.agg(pl.col('value').mean()).sort('date')['value'].to_numpy()
-
-# %% ../nbs/07_ablation.ipynb #gains
-def _gain(ours, control, horizon):
-    pairs = zip(ours, control)
-    apart = [daily_gain(one, base) for one, base in pairs]
-    found = mean_interval(in_a_row(apart), horizon)
-    return dict(gain=found['mean'], low=found['low'], high=found['high'], days=found['days'])
-
-def gains(
-    results:list[dict], # one a seed, from `branch_results`
-    horizon:int=1,      # sessions
-)->pl.DataFrame:        # branch, rank_ic, gain over the control, low, high, days
-    "What each branch adds to the control"
-    control = [daily(one['control'], horizon) for one in results]
-    rows = []
-    for branch in results[0]:
-        ours = [daily(one[branch], horizon) for one in results]
-        mean = float(np.nanmean(in_a_row(ours)))
-        rows.append(dict(branch=branch, rank_ic=mean) | _gain(ours, control, horizon))
-    return pl.DataFrame(rows)
-
-# %% ../nbs/07_ablation.ipynb #branch-table
-def branch_table(
-    found:dict[str, pl.DataFrame], # market -> from `gains`
-    branches:tuple[str, ...],      # which ones, in this order
-)->str: # markdown
-    "What each branch adds on each market"
-    rows = []
-    for market, frame in found.items():
-        by_name = {row['branch']: row for row in frame.to_dicts()}
-        oracle = by_name['oracle']['rank_ic']
-        control = by_name['control']['rank_ic']
-        shown = [by_name[branch] for branch in branches]
-        cells = [with_interval(row['gain'], row['low'], row['high']) for row in shown]
-        rows.append([market, f'{oracle:.4f}', f'{control:+.4f}', *cells])
-    return table(['planted', 'oracle', 'control', *(f'+ {branch}' for branch in branches)], rows)
-
-# %% ../nbs/07_ablation.ipynb #plot-market
-def _plot_market(ax, market, frame, branches):
-    by_name = {row['branch']: row for row in frame.to_dicts()}
-    for height, branch in enumerate(branches):
-        row = by_name[branch]
-        ax.plot([row['low'], row['high']], [height, height], color='tab:blue')
-        ax.plot(row['gain'], height, 'o', color='tab:blue')
-    ax.axvline(0, color='.6', lw=.8)
-    ax.set(title=f'planted: {market}', xlabel='gain in rank IC')
-    ax.set_yticks(range(len(branches)), branches)
-
-# %% ../nbs/07_ablation.ipynb #plot-branches
-def plot_branches(
-    found:dict[str, pl.DataFrame], # market -> from `gains`
-    branches:tuple[str, ...],
-): # matplotlib figure
-    "Gains with their intervals, a picture for each market"
-    import matplotlib.pyplot as plt  # here: a second that most commands do not need
-    size = (2.4*len(found)+1, .35*len(branches)+1.2)
-    fig, axes = plt.subplots(
-        1, len(found), figsize=size, sharey=True, constrained_layout=True, squeeze=False)
-    for ax, (market, frame) in zip(axes[0], found.items()):
-        _plot_market(ax, market, frame, branches)
-    return fig
-
 # %% ../nbs/07_ablation.ipynb #run-options
 def run_options(
     text:str, # NAME=VALUE, with commas
 )->dict:      # option -> value in its type
     "Options of a run as they are typed"
-    options = {}
+    typed = {}
     for given in listed(text):
         name, _, value = given.partition('=')
-        if name not in RunSpec.__dataclass_fields__:
+        if name not in flat_names():
             raise AtftError(f'options: {given!r} names no option of a run; write NAME=VALUE')
-        usual = getattr(RunSpec(), name)
-        if usual is not None and not isinstance(usual, tuple):
-            options[name] = type(usual)(value)
-        else:
-            options[name] = int(value) if value.isdigit() else value
-    return options
+        typed[name] = value
+    run = RunSpec.of(**typed)
+    return {name: getattr(run, name) for name in typed}
 
 # %% ../nbs/07_ablation.ipynb #chain-panel
 def chain_panel(
@@ -393,8 +293,8 @@ def chain_run(
     flat = dict(phase=f'0-{last}', max_epochs=ask.chain_epochs, hidden=ask.hidden, seed=seed,
                 data=from_root(ask.data))
     run = RunSpec(**(flat | run_options(ask.options)))
-    options = dict(run=repr(run), phases=repr(PHASES))
-    key = recipe_key(panel.fingerprint, code=TRAINING_CODE, **options)
+    phases = [repr(phase) for phase in PHASES]
+    key = recipe_key(panel.fingerprint, code=TRAINING_CODE, run=run.flat(), phases=phases)
     market = Path(ask.data).name if ask.data else ask.size
     name = f'chain-{market}-{ask.chain_epochs}-{ask.hidden}-{seed}-{key}'
     return replace(run, run_dir=str(Path(folder)/name))
@@ -411,9 +311,8 @@ def chain_is_done(
     run_dir:str|Path,
 )->bool:
     "Whether every phase has its weights and its metrics"
-    needed = ('metrics.json', 'best.pt')
-    paths = [Path(run_dir)/f'phase{n}_{what}' for n in range(len(PHASES)) for what in needed]
-    return all(path.exists() for path in paths)
+    folder = RunFolder(run_dir)
+    return all(folder.is_done(number) for number in range(len(PHASES)))
 
 # %% ../nbs/07_ablation.ipynb #read-chain
 def read_chain(
@@ -421,13 +320,13 @@ def read_chain(
     panel:Panel,
 )->Chain:
     "Predictions for the test days and metrics of every phase, and the oracle's where there is one"
+    folder = RunFolder(run_dir)
     predictions = {}
     logs = {}
     for number, phase in enumerate(PHASES):
-        start = Path(run_dir)/f'phase{number}'
-        everything = pl.read_parquet(f'{start}_predictions.parquet')
+        everything = folder.predictions(number)
         predictions[f'{number} {phase.name}'] = everything.filter(pl.col('split') == 'test')
-        logs[number] = json.loads(Path(f'{start}_metrics.json').read_text())
+        logs[number] = folder.read_metrics(number)
     oracle = oracle_predictions(panel, next(iter(predictions.values())))
     if oracle is not None:
         predictions['oracle'] = oracle
@@ -446,115 +345,6 @@ def chain_results(
         run_phases(run, panel, show=False)
     return read_chain(run.run_dir, panel)
 
-# %% ../nbs/07_ablation.ipynb #mean-sharpe
-def mean_sharpe(
-    predictions:list[pl.DataFrame], # one a seed
-)->float: # a year's
-    "The Sharpe ratio before costs of trading the next day's ranking, mean over seeds"
-    ratios = []
-    for one in predictions:
-        found = performance(backtest(one), 'gross', draws=0)
-        ratios.append(metric(found, 'sharpe')[0])
-    return float(np.mean(ratios))
-
-# %% ../nbs/07_ablation.ipynb #chain-frame
-def _interval(series, horizon, pool):
-    found = mean_interval(pool(series), horizon)
-    return found['mean'], found['low'], found['high']
-
-def chain_frame(
-    tables:list[dict], # one a seed: phase, or oracle -> predictions
-    horizon:int,       # sessions
-    pool=in_a_row,     # how days of several seeds come together: `in_a_row` or `over_seeds`
-)->pl.DataFrame:       # phase; rank_ic, low, high; gain, gain_low, gain_high; sharpe
-    "Each phase, and what it adds to the one before; null where there is nothing to compare"
-    columns = ('rank_ic', 'low', 'high', 'gain', 'gain_low', 'gain_high')
-    rows = []
-    before = None
-    for name in tables[0]:
-        now = [daily(one[name], horizon) for one in tables]
-        own = _interval(now, horizon, pool)
-        step = (None, None, None)
-        if before is not None and name != 'oracle':
-            apart = [daily_gain(a, b) for a, b in zip(now, before)]
-            step = _interval(apart, horizon, pool)
-        sharpe = None
-        if horizon == 1:
-            sharpe = mean_sharpe([one[name] for one in tables])
-        rows.append(dict(phase=name) | dict(zip(columns, own+step)) | dict(sharpe=sharpe))
-        before = now
-    return pl.DataFrame(rows)
-
-# %% ../nbs/07_ablation.ipynb #chain-table
-def chain_table(
-    frame:pl.DataFrame, # from `chain_frame`
-    horizon:int,        # sessions
-)->str:                 # markdown
-    "The frame as a table"
-    head = ['phase', f'rank IC at h={horizon}', 'gain over the phase before']
-    with_sharpe = frame['sharpe'].is_not_null().any()
-    if with_sharpe:
-        head.append('Sharpe ratio, gross, mean over seeds')
-    rows = []
-    for row in frame.to_dicts():
-        cells = [row['phase'], with_interval(row['rank_ic'], row['low'], row['high'])]
-        gain = with_interval(row['gain'], row['gain_low'], row['gain_high'])
-        cells.append('' if row['gain'] is None else gain)
-        if with_sharpe:
-            cells.append(f'{row["sharpe"]:.2f}')
-        rows.append(cells)
-    return table(head, rows)
-
-# %% ../nbs/07_ablation.ipynb #log-table
-def log_table(
-    logs:dict[int, dict], # seed -> phase number -> its metrics
-)->str: # markdown
-    "How every phase of every chain went"
-    rows = []
-    for seed, phases in logs.items():
-        for number, found in phases.items():
-            scores = [f'{epoch["score"]:+.4f}' for epoch in found['epochs']]
-            losses = [f'{epoch["train"]["loss"]:+.3f}' for epoch in found['epochs'][1:]]
-            minutes = f'{found["minutes"]:.1f}'
-            rows.append([seed, f'{number} {found["name"]}', found['best_epoch'],
-                         ' '.join(scores), ' '.join(losses), minutes])
-    scored = 'validation rank IC: start, then epoch by epoch'
-    return table(['seed', 'phase', 'kept epoch', scored, 'training loss by epoch', 'minutes'], rows)
-
-# %% ../nbs/07_ablation.ipynb #share-of-oracle
-def share_of_oracle(
-    tables:list[dict], # one a seed: phase, or oracle -> predictions
-    horizon:int=1,     # sessions
-)->float|None:         # None where there is no oracle
-    "The last phase's mean rank IC over the oracle's"
-    if not tables or 'oracle' not in tables[0]: return None
-    last = [name for name in tables[0] if name != 'oracle'][-1]
-    means = []
-    for name in (last, 'oracle'):
-        days = in_a_row([daily(one[name], horizon) for one in tables])
-        means.append(float(np.nanmean(days)))
-    return means[0]/means[1]
-
-# %% ../nbs/07_ablation.ipynb #made-of
-def made_of(
-    predictions:pl.DataFrame, # date, code, horizon, prediction, target
-    truth:pl.DataFrame,       # date, code, horizon, and the expectation of each planted effect
-    horizon:int=1,            # sessions
-)->dict[str, float]:          # effect, or 'none of them' -> share of the variance
-    "What the ranks of a day go with: each effect of a joint regression, and none of them"
-    effects = [name for name in truth.columns if name in EFFECTS]
-    meant = predictions.drop_nulls(['prediction', 'target']).filter(pl.col('horizon') == horizon)
-    both = meant.join(truth, on=['date', 'code', 'horizon'])
-    both = both.with_columns(pl.col('prediction').rank().over('date'))
-    columns = [pl.col(name)-pl.col(name).mean().over('date') for name in ('prediction', *effects)]
-    centred = both.select(columns).to_numpy()
-    centred = centred/centred.std(0).clip(1e-12)
-    ranks = centred[:, 0]
-    planted = centred[:, 1:]
-    weight, *_ = np.linalg.lstsq(planted, ranks, rcond=None)
-    rest = float(np.var(ranks-planted @ weight))
-    return dict(zip(effects, weight**2)) | {'none of them': rest}
-
 # %% ../nbs/07_ablation.ipynb #variance-shares
 def variance_shares(
     chains:list[Chain], # of generated markets
@@ -569,16 +359,6 @@ def variance_shares(
         by_effect = pl.DataFrame(found)
         shares[name] = {e: float(np.mean(by_effect[e].to_numpy())) for e in by_effect.columns}
     return shares
-
-# %% ../nbs/07_ablation.ipynb #share-table
-def share_table(
-    shares:dict[str, dict], # from `variance_shares`
-)->str: # markdown
-    "Effects as lines, phases as columns"
-    rows = []
-    for effect in next(iter(shares.values())):
-        rows.append([effect, *(f'{found[effect]:.0%}' for found in shares.values())])
-    return table(['goes with', *shares], rows)
 
 # %% ../nbs/07_ablation.ipynb #effect-windows
 SHOWN_IN = dict(own='own', periodic='periodic', shift='shifting')  # effect -> feature that hides it
@@ -659,33 +439,3 @@ def window_limit(
             correlations = effect_limit(shown, y[:, e], asked, truth[:, e])
         limits[effect] = dict(share=float(share[e]), correlations=correlations)
     return limits
-
-# %% ../nbs/07_ablation.ipynb #ceiling
-def ceiling(
-    limits:dict[str, dict], # from `window_limit`
-)->float: # correlation with the oracle
-    "The best forecast from the window, peers known"
-    known = 0
-    for found in limits.values():
-        best = max(found['correlations'] or [1.])
-        known += found['share']*best**2
-    return float(np.sqrt(known))
-
-# %% ../nbs/07_ablation.ipynb #limit-table
-def limit_table(
-    limits:dict[str, dict], # from `window_limit`
-)->str: # markdown, with a sentence below
-    "Shares and correlations, and the ceiling"
-    rows = []
-    for effect, found in limits.items():
-        cells = ['known']*4
-        if found['correlations']:
-            cells = [f'{value:.2f}' for value in found['correlations']]
-        rows.append([effect, f'{found["share"]:.0%}', *cells])
-    head = ['effect', 'share of the oracle', 'window, linear', 'FAN, linear', 'SAN, linear',
-            'all of them, trees']
-    known = ceiling(limits)
-    return table(head, rows)+(
-        '\n\nTaking the best of each, and peers whole, a forecast from the window has a '
-        f'correlation of {known:.2f} with the oracle: with the answers to learn from, '
-        f'about {known:.0%} of its rank IC.')

@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from .adopted import adopt_panel
 from .core import AtftError
 from .market import embedded_panel
-from .panel import (
-    Panel, PanelSpec, Target, _panel_json, adopt_panel, as_target, cached_panel, file_digests,
-    panel_recipe, write_panel)
+from .panel import Panel, _panel_json, cached_panel, panel_recipe, write_panel
+from .shards import file_digests
+from .targets import PanelSpec, Target, as_target
 
-_all_ = ['Target', 'as_target']  # handed on
+_all_ = [Target, as_target]  # handed on
 
 # %% ../nbs/00c_bars.ipynb #70af69ab
 BARS = ('open', 'high', 'low', 'close', 'volume')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_whole', 'check_number', 'check_flag', 'as_day', 'Split', 'split_days', 'walk_forward', 'OnlineRobustScaler',
            'Block', 'DayBatch', 'ParquetStockIterableDataset', 'DayLoader', 'make_loader', 'AtftError', 'Panel',
-           'PanelSpec', 'adopt_panel', 'append_shard', 'write_panel']
+           'PanelSpec', 'Target', 'adopt_panel', 'append_shard', 'as_target', 'write_panel']
 
 # %% ../nbs/00_data.ipynb #imports
 import math
@@ -32,10 +32,14 @@ from numba import njit, types
 from numba.extending import intrinsic
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from .adopted import adopt_panel
 from .core import AtftError
-from .panel import Panel, PanelSpec, adopt_panel, append_shard, write_panel
+from .panel import Panel, append_shard, write_panel
+from .targets import PanelSpec, Target, as_target
+
 # handed on
-_all_ = ['AtftError', 'Panel', 'PanelSpec', 'adopt_panel', 'append_shard', 'write_panel']
+_all_ = [
+    AtftError, Panel, PanelSpec, Target, adopt_panel, append_shard, as_target, write_panel]
 
 # %% ../nbs/00_data.ipynb #check_whole
 def check_whole(

@@ -31,8 +31,8 @@ def _pillar(title, first, second, rooms):
 PILLARS = (
     _pillar('data', 'any bars or features,', 'streamed day by day',
         '00_data 00a_core 00b_panel 00c_bars 00d_market 00e_project 00f_reports '
-        '00g_correlation 00h_intervals'),
-    _pillar('graph', '60 days, k = 20,', '|corr| ≥ 0.3, cached', '01_graph'),
+        '00g_correlation 00h_intervals 00i_targets 00j_adopted 00k_shards'),
+    _pillar('graph', '60 days, k = 20,', '|corr| ≥ 0.3, cached', '01_graph 01a_neighbours 01b_sectors'),
     _pillar('network', 'FAN, SAN, encoder,', 'graph, heads, losses',
         '02_fan_san 02a_kernels 02b_network 02c_losses'),
     _pillar('training', 'five phases, each from', 'where the last ended',
@@ -40,7 +40,7 @@ PILLARS = (
     _pillar('judging', 'rank IC ± 95%, costs,', 'baselines, the report',
         '04_eval 04a_predictions 04b_judge 04c_backtest 04d_baselines 04e_results'),
     _pillar('using it', 'search, speed, what each', 'part adds, your own',
-        '05_hpo 06_bench 07_ablation 08_own_idea'),
+        '05_hpo 06_bench 07_ablation 07a_gains 08_own_idea'),
 )
 ROAD = sum((p.rooms for p in PILLARS), ())
 

@@ -8,10 +8,11 @@ import pytest
 from papermill.inspection import _infer_parameters
 from papermill.iorw import load_notebook_node
 
-from atft.ablation import (
-    AblationSpec, branch_folder, branch_table, ceiling, chain_frame, chain_table, daily,
-    daily_gain, gains, limit_table, made_of, over_seeds, run_options, share_of_oracle)
+from atft.ablation import AblationSpec, branch_folder, run_options
 from atft.core import AtftError
+from atft.gains import (
+    branch_table, ceiling, chain_frame, chain_table, daily, daily_gain, gains, limit_table,
+    made_of, over_seeds, share_of_oracle)
 from atft.intervals import mean_interval
 from conftest import ROOT
 

@@ -8,10 +8,12 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 import atft.graph
+import atft.neighbours
 from atft.core import AtftError
 from atft.data import ParquetStockIterableDataset
 from atft.graph import (
     CorrelationGraph, GraphCache, GraphSpec, NoGraph, SectorHistory, correlation_knn)
+from atft.neighbours import _keep_strongest
 from atft.panel import write_panel
 
 
@@ -163,16 +165,17 @@ def test_an_edit_deep_in_the_rule_is_another_key(small_market, tmp_path, monkeyp
     day = day_of(small_market, 200)
     cache = GraphCache(tmp_path)
     keys = {cache.key(day)}
-    exported = atft.graph._standardise
+    exported = atft.neighbours.standardise
 
     def noisy(returns, spec): return exported(returns+1e-3*torch.rand_like(returns), spec)
-    with monkeypatch.context() as patch:
-        patch.setattr(atft.graph, '_standardise', noisy)
-        keys.add(cache.key(day))
-    with monkeypatch.context() as patch:
-        patch.setattr(atft.graph, 'FLAT', 1e-4)
-        keys.add(cache.key(day))
-    assert len(keys) == 3
+    def twice(r, *others): return _keep_strongest(2*r, *others)
+    edits = [(atft.graph, 'standardise', noisy), (atft.neighbours, 'FLAT', 1e-4),
+             (atft.neighbours, '_keep_strongest', twice)]
+    for room, name, edited in edits:
+        with monkeypatch.context() as patch:
+            patch.setattr(room, name, edited)
+            keys.add(cache.key(day))
+    assert len(keys) == 4
     assert cache.key(day) in keys
     assert GraphCache(tmp_path).key(day) in keys
 

@@ -19,12 +19,13 @@ from hypothesis import given, settings, strategies as st
 import atft.bars
 import atft.market
 import atft.panel
+from atft.adopted import adopt_panel
 from atft.bars import open_panel
 from atft.core import AtftError
 from atft.data import OnlineRobustScaler, ParquetStockIterableDataset
 from atft.market import MarketSpec, embedded_panel
 from atft.panel import (
-    Panel, PanelSpec, Target, adopt_panel, append_shard, as_target, tiny_table, write_panel)
+    Panel, PanelSpec, Target, append_shard, as_target, tiny_table, write_panel)
 from atft.phases import RunSpec, check_run, setup
 
 SPEC = PanelSpec(features=('volume_z', 'constant'), horizons=(1, 5))
