@@ -96,8 +96,8 @@ def _plot_where(axes, e, top, names):
     axes[1].bar(days, e.attention)
     axes[1].set_title('which past days', fontsize=9)
     axes[1].set_xlabel('trading days before')
-    strongest = list(e.neighbours.items())[:10][::-1]
-    axes[2].barh([code for code, _ in strongest], [weight for _, weight in strongest])
+    strongest = list(e.neighbours)[:10][::-1]
+    axes[2].barh(strongest, [e.neighbours[code] for code in strongest])
     axes[2].tick_params(labelsize=7)
     axes[2].set_title(f'which neighbours (gate {e.gates["graph"]:.2f} open)', fontsize=9)
 

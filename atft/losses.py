@@ -34,6 +34,12 @@ def soft_rank_ic(
     rank = average_rank(torch.where(both, target, torch.nan))
     return pearson(torch.where(both, soft, torch.nan), rank)
 
+# %% ../nbs/02c_losses.ipynb #_from_mean
+def _from_mean(values, both, n):
+    "Distance from the day's mean, 0 where unknown"
+    known = torch.where(both, values, 0)
+    return torch.where(both, known-known.sum(-1, keepdim=True)/n.clamp(min=1), 0)
+
 # %% ../nbs/02c_losses.ipynb #sharpe
 def sharpe(
     score:Tensor,  # [B, ..., N]
@@ -53,11 +59,6 @@ def sharpe(
     ratio = profit/((variance+1e-12)*names.clamp(min=1)).sqrt()
     return torch.where(enough.any(0), ratio, torch.nan)
 
-def _from_mean(values, both, n):
-    "Distance from the day's mean, 0 where unknown"
-    known = torch.where(both, values, 0)
-    return torch.where(both, known-known.sum(-1, keepdim=True)/n.clamp(min=1), 0)
-
 # %% ../nbs/02c_losses.ipynb #mean_known
 def mean_known(
     x:Tensor,     # [B, H, N, ...] errors, finite
@@ -69,6 +70,7 @@ def mean_known(
     mean = torch.where(known, x, 0).sum((0, 2))/n.clamp(min=1)
     return torch.where(n > 0, mean, torch.nan)
 
+# %% ../nbs/02c_losses.ipynb #pinball
 def pinball(
     quantiles:Tensor, # [..., 3] at `QUANTILES`
     target:Tensor,    # [...]
@@ -95,6 +97,7 @@ class Scored(NamedTuple):
     target:Tensor    # [B, H, N] scaled forward returns, NaN where unknown
     known:Tensor     # [B, H, N] score and target are there, on a day with enough of them
 
+# %% ../nbs/02c_losses.ipynb #register_term
 TERMS = {}  # name -> function of `Scored`, giving [H]
 
 def register_term(
@@ -107,20 +110,22 @@ def register_term(
         return function
     return keep
 
+# %% ../nbs/02c_losses.ipynb #zero_unknown
 def zero_unknown(
     values:Tensor, # [B, H, N]
     known:Tensor,  # [B, H, N]
 )->Tensor:
-    "0 where unknown, before any arithmetic: NaN times a zero gradient is NaN"
+    "0 where unknown"
     return torch.where(known, values, 0)
 
+# %% ../nbs/02c_losses.ipynb #relative_to_day
 def relative_to_day(
     values:Tensor, # [B, H, N]
     known:Tensor,  # [B, H, N]
 )->Tensor:
     "Distance from the mean of the day's known values"
     zero = zero_unknown(values, known)
-    total = zero_unknown(values, known).sum(-1, keepdim=True)
+    total = zero.sum(-1, keepdim=True)
     return zero-total/known.sum(-1, keepdim=True).clamp(min=1)
 
 # %% ../nbs/02c_losses.ipynb #mse_term
@@ -135,6 +140,7 @@ def quantile_term(day:Scored)->Tensor:
     "Pinball loss of the three quantiles"
     return mean_known(pinball(day.quantiles, zero_unknown(day.target, day.known)), day.known)
 
+# %% ../nbs/02c_losses.ipynb #ic_term
 @register_term('sharpe')
 def sharpe_term(day:Scored)->Tensor:
     "Minus the Sharpe ratio of the portfolio that the scores imply"
