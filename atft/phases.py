@@ -184,8 +184,8 @@ def config_of(
     rows = [asdict(phase) for phase in phases]
     by_whom = {name: made[name] for name in ('commit', 'versions', 'hardware')}
     return dict(
-        run=shared.spec.flat(), phases=rows, data=_data_of(shared.panel), split=split, keys=_keys_of(shared),
-        made=by_whom)
+        run=shared.spec.flat(), phases=rows, data=_data_of(shared.panel), split=split,
+        keys=_keys_of(shared), made=by_whom)
 
 # %% ../nbs/03_phases.ipynb #_start_of
 def _start_of(number, todo, folder, shared):
@@ -240,7 +240,8 @@ def run_phases(
     spec = check_run(spec, phases)
     folder = RunFolder(spec.run_dir)
     if watch: callbacks = (*callbacks, Watch(watch))
-    held = folder.hold() if Processes().first else nullcontext(lambda: None)
+    held = nullcontext(lambda: None)
+    if Processes().first: held = folder.hold()
     with held as alive, stop_on_signals() as flag:
         shared = setup(spec, panel, parts_of(phases), graph)
         keeper = Keeper(folder, flag, alive)
@@ -299,16 +300,16 @@ class LivePicture(Callback):
 def _report_row(number, m, targets, folder):
     "A line of the report's table: one phase"
     found = [m['valid_rank_ic'][name] for name in targets]
-    cells = [with_interval(i['mean'], i['low'], i['high']) for i in found]
+    cells = [with_interval(one['mean'], one['low'], one['high']) for one in found]
     kept = f'{m["best_epoch"]} of {len(m["epochs"])-1}'
     best = f'`{folder.path.name}/{folder.best(number).name}`'
     return [number, m['name'], kept, *cells, f'{m["minutes"]:.1f}', best]
 
 # %% ../nbs/03_phases.ipynb #write_report
 KEPT = (
-    'Mean over the validation days at the kept epoch (0: the weights a phase started with; training '
-    'did not improve them), with a 95% interval (equally weighted cosines). The epoch was chosen on '
-    'these days, so the test days of the evaluation report are the ones to believe.')
+    'Mean over the validation days at the kept epoch (0: the weights a phase started with; '
+    'training did not improve them), with a 95% interval (equally weighted cosines). The epoch was '
+    'chosen on these days, so the test days of the evaluation report are the ones to believe.')
 
 def _phase_rows(folder):
     "The report's table: validation rank IC by phase, of all that are finished"
@@ -321,8 +322,8 @@ def _phase_rows(folder):
 def _trained_on(config, embargo):
     "The days of each split in a sentence"
     days = [f'{name} {n} days {a} .. {b}' for name, (a, b, n) in config['split'].items()]
-    return (f'Trained on {", ".join(days)}, a gap of {embargo} sessions and the longest reach of a '
-            'target before each border.')
+    return (f'Trained on {", ".join(days)}, a gap of {embargo} sessions and the longest reach of '
+            'a target before each border.')
 
 # %% ../nbs/03_phases.ipynb #write_report-2
 def write_report(
