@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import polars as pl
 import torch
-from fastcore.basics import chunked
+from fastcore.basics import chunked, patch
 from torch import Tensor
 
 from .bars import open_panel
@@ -28,7 +28,8 @@ from .correlation import rank_ic
 from .data import (
     OnlineRobustScaler, ParquetStockIterableDataset, Split, make_loader, split_days)
 from .graph import CorrelationGraph, GraphCache, SectorHistory
-from .network import ATFT, OWN_PARTS, Forecast, NetworkSpec, check_part, explain, plot_explanation
+from .network import (
+    ATFT, OWN_PARTS, Forecast, NetworkSpec, check_part, explain, plot_explanation)
 from .panel import Panel
 from .processes import Processes
 from .project import project_root
@@ -47,23 +48,27 @@ class Setup(NamedTuple):
     processes:Processes        # this one among those of a torchrun job
     network_spec:NetworkSpec   # sizes, those of the panel and the graph filled in
 
-    def days(self, which:str, shuffle:bool=False):
-        "A dataset of the train, valid or test days"
-        return self.dataset(getattr(self.split, which), shuffle)
+# %% ../nbs/03g_inference.ipynb #days
+@patch
+def dataset(self:Setup, dates:np.ndarray, shuffle:bool=False):
+    "A dataset of some days"
+    return ParquetStockIterableDataset(
+        self.panel, dates, self.spec.lookback, self.spec.graph_lookback, self.scaler, shuffle,
+        self.spec.seed)
 
-    def dataset(self, dates:np.ndarray, shuffle:bool=False):
-        "A dataset of some days"
-        return ParquetStockIterableDataset(
-            self.panel, dates, self.spec.lookback, self.spec.graph_lookback, self.scaler, shuffle,
-            self.spec.seed)
+@patch
+def days(self:Setup, which:str, shuffle:bool=False):
+    "A dataset of the train, valid or test days"
+    return self.dataset(getattr(self.split, which), shuffle)
 
-    def network(self)->ATFT:
-        "A newborn network, the same for the same seed"
-        torch.manual_seed(self.spec.seed)
-        net = ATFT(self.network_spec)
-        for name in self.network_spec.parts:
-            if name not in OWN_PARTS: check_part(net, name, self.spec.lookback)
-        return net.to(self.device)
+@patch
+def network(self:Setup)->ATFT:
+    "A newborn network, the same for the same seed"
+    torch.manual_seed(self.spec.seed)
+    net = ATFT(self.network_spec)
+    for name in self.network_spec.parts:
+        if name not in OWN_PARTS: check_part(net, name, self.spec.lookback)
+    return net.to(self.device)
 
 # %% ../nbs/03g_inference.ipynb #open_data
 def open_data(
@@ -76,6 +81,7 @@ def open_data(
     options = {} if is_ready or not source.targets else dict(horizons=source.targets)
     return open_panel(source.data, cache, skip_damaged=source.skip_damaged, **options)
 
+# %% ../nbs/03g_inference.ipynb #split_of
 def split_of(
     spec:RunSpec,
     panel:Panel,
@@ -106,7 +112,7 @@ def with_targets(
     other.spec = spec
     return other
 
-# %% ../nbs/03g_inference.ipynb #setup
+# %% ../nbs/03g_inference.ipynb #_fitted
 def _fitted(spec, panel, split, processes, columns=None):
     "A scaler of the training days, fitted by the first process for all"
     scaler = OnlineRobustScaler(seed=spec.seed)
@@ -120,6 +126,7 @@ def _our_graph(spec, panel):
     sectors = SectorHistory(panel) if spec.graph.sectors else None
     return CorrelationGraph(spec.graph, sectors)
 
+# %% ../nbs/03g_inference.ipynb #_joined
 def _joined(spec):
     "This process among the others, and its device"
     processes = Processes()
@@ -132,7 +139,7 @@ def _joined(spec):
     processes.join(device)
     return processes, device
 
-# %% ../nbs/03g_inference.ipynb #setup-2
+# %% ../nbs/03g_inference.ipynb #setup
 def setup(
     spec:RunSpec,            # checked by `check_run`
     panel:Panel|None=None,   # None: opened from `spec.data`
@@ -167,27 +174,28 @@ def _stacked_graphs(graphs, sizes):
     shifted = [edges+int(start) for (edges, _), start in zip(graphs, starts)]
     return torch.cat(shifted, 1), torch.cat([attributes for _, attributes in graphs])
 
+# %% ../nbs/03g_inference.ipynb #stack
 def stack(
     days:list,           # of `DayBatch`
-    s:Setup,
+    shared:Setup,
     with_graph:bool=True, # False: no edges, for a phase whose graph is off
 )->Step:
     "Stack days, scale targets, shift edges"
     sizes = [len(day.codes) for day in days]
     edge_index = torch.zeros(2, 0, dtype=torch.long)
-    edge_attr = torch.zeros(0, s.network_spec.attributes)
+    edge_attr = torch.zeros(0, shared.network_spec.attributes)
     if with_graph:
-        edge_index, edge_attr = _stacked_graphs([s.graphs(day) for day in days], sizes)
+        edge_index, edge_attr = _stacked_graphs([shared.graphs(day) for day in days], sizes)
     x = torch.cat([day.x for day in days])
-    y = s.target.transform(torch.cat([day.y for day in days]))
-    tensors = [part.to(s.device) for part in (x, y, edge_index, edge_attr)]
+    y = shared.target.transform(torch.cat([day.y for day in days]))
+    tensors = [part.to(shared.device) for part in (x, y, edge_index, edge_attr)]
     return Step(*tensors, sizes)
 
 # %% ../nbs/03g_inference.ipynb #autocast
-def autocast(s:Setup): # a context
+def autocast(shared:Setup): # a context
     "The network's arithmetic in the run's precision"
-    is_narrow = s.spec.precision != 'float32'
-    return torch.autocast(s.device.type, PRECISIONS[s.spec.precision], enabled=is_narrow)
+    is_narrow = shared.spec.precision != 'float32'
+    return torch.autocast(shared.device.type, PRECISIONS[shared.spec.precision], enabled=is_narrow)
 
 class Predicted(NamedTuple):
     "One day's forecast beside what came"
@@ -196,23 +204,7 @@ class Predicted(NamedTuple):
     forecast:Forecast # [N, H], [N, H, 3] in units of return
     y:Tensor          # [N, H] realised, NaN where unknown
 
-# %% ../nbs/03g_inference.ipynb #predict
-@torch.no_grad()
-def predict(
-    net:ATFT,
-    s:Setup,
-    dataset:ParquetStockIterableDataset, # which days
-): # yields lists of `Predicted`, a list for each pass that is dealt to this process
-    "Run the network over days, without dropout"
-    net.eval()
-    loader = make_loader(dataset, s.spec.num_workers)
-    for nth, days in enumerate(chunked(loader, s.spec.days_per_step)):
-        if not s.processes.mine(nth): continue
-        step = stack(days, s, net.needs_edges)
-        with autocast(s):
-            forecast = net(step.x, step.edge_index, step.edge_attr)
-        yield _in_returns(forecast, days, step.sizes, s.target)
-
+# %% ../nbs/03g_inference.ipynb #_in_returns
 def _in_returns(forecast, days, sizes, target):
     "The forecast of each day in units of return"
     scale = torch.from_numpy(target.scale_)
@@ -225,6 +217,23 @@ def _in_returns(forecast, days, sizes, target):
         out.append(Predicted(day.date, day.codes, Forecast(score*scale, absolute), day.y))
     return out
 
+# %% ../nbs/03g_inference.ipynb #predict
+@torch.no_grad()
+def predict(
+    net:ATFT,
+    shared:Setup,
+    dataset:ParquetStockIterableDataset, # which days
+): # yields lists of `Predicted`, a list for each pass that is dealt to this process
+    "Run the network over days, without dropout"
+    net.eval()
+    loader = make_loader(dataset, shared.spec.num_workers)
+    for nth, days in enumerate(chunked(loader, shared.spec.days_per_step)):
+        if not shared.processes.mine(nth): continue
+        step = stack(days, shared, net.needs_edges)
+        with autocast(shared):
+            forecast = net(step.x, step.edge_index, step.edge_attr)
+        yield _in_returns(forecast, days, step.sizes, shared.target)
+
 # %% ../nbs/03g_inference.ipynb #validate
 def _judged(day):
     "Rank IC and spread of a day's predictions, [H] both"
@@ -232,20 +241,22 @@ def _judged(day):
 
 def validate(
     net:ATFT,
-    s:Setup,
+    shared:Setup,
 )->dict: # rank_ic [H] mean over days, spread [H] median of the deviation across codes, daily [D, H]
     "Rank IC and spread of predictions on the validation days"
-    judged = [[_judged(day) for day in days] for days in predict(net, s, s.days('valid'))]
-    together = [day for days in s.processes.all(judged) for day in days]
+    mine = []
+    for days in predict(net, shared, shared.days('valid')):
+        mine.append([_judged(day) for day in days])
+    together = [day for days in shared.processes.all(mine) for day in days]
     daily = torch.stack([ic for ic, _ in together])
     spread = torch.stack([deviation for _, deviation in together]).median(0).values
-    if (spread < 1e-4*torch.from_numpy(s.target.scale_)).any():
+    if (spread < 1e-4*torch.from_numpy(shared.target.scale_)).any():
         raise AtftError('training: predictions are constant across codes (spread '
                         f'{spread.min():.1e}); the model has collapsed, lower the learning rate '
                         'or raise the rank IC weight')
     return dict(rank_ic=daily.nanmean(0).tolist(), spread=spread.tolist(), daily=daily.tolist())
 
-# %% ../nbs/03g_inference.ipynb #predictions_table
+# %% ../nbs/03g_inference.ipynb #_rows
 PREDICTED = (
     'date', 'code', 'horizon', 'target_name', 'prediction', 'q10', 'q50', 'q90', 'target', 'split')
 
@@ -255,82 +266,89 @@ def _rows(day, labels):
     for h, label in enumerate(labels):
         low, mid, high = day.forecast.quantiles[:, h].numpy().T
         score = day.forecast.score[:, h].numpy()
-        columns = dict(code=day.codes, prediction=score, q10=low, q50=mid, q90=high, target=day.y[:, h].numpy())
+        came = day.y[:, h].numpy()
+        columns = dict(code=day.codes, prediction=score, q10=low, q50=mid, q90=high, target=came)
         tables.append(pl.DataFrame(columns).with_columns(
             pl.lit(day.date).alias('date'),
             pl.lit(label.horizon, pl.Int32).alias('horizon'),
             pl.lit(label.name).alias('target_name')))
     return tables
 
-def _predicted_split(net, s, which):
+# %% ../nbs/03g_inference.ipynb #predictions_table
+def _predicted_split(net, shared, which):
     "The table of the validation or the test days, made by all processes together"
-    labels = s.panel.spec.labels
+    labels = shared.panel.spec.labels
     mine = []
-    for days in predict(net, s, s.days(which)):
+    for days in predict(net, shared, shared.days(which)):
         mine.append(pl.concat([table for day in days for table in _rows(day, labels)]))
-    table = pl.concat(s.processes.all(mine))
+    table = pl.concat(shared.processes.all(mine))
     return table.with_columns(pl.lit(which).alias('split'))
 
 def predictions_table(
     net:ATFT,
-    s:Setup,
+    shared:Setup,
 )->pl.DataFrame: # the columns of `PREDICTED`; validation and test days
     "Predictions in units of return: `prediction` relative to the day's mean, quantiles absolute"
-    which = ['valid', 'test'] if s.spec.predict_test else ['valid']
-    table = pl.concat([_predicted_split(net, s, one) for one in which])
+    which = ['valid', 'test'] if shared.spec.predict_test else ['valid']
+    table = pl.concat([_predicted_split(net, shared, one) for one in which])
     return table.select(PREDICTED).with_columns(pl.col('target').fill_nan(None))
 
 # %% ../nbs/03g_inference.ipynb #attribution
 def attribution(
     net:ATFT,
-    s:Setup,
+    shared:Setup,
 ): # matplotlib figure
     "What the network looks at for the code it ranks first on the last validation day"
-    day = next(iter(make_loader(s.dataset(s.split.valid[-1:]))))
-    step = stack([day], s)
+    day = next(iter(make_loader(shared.dataset(shared.split.valid[-1:]))))
+    step = stack([day], shared)
     inputs = step.x, step.edge_index, step.edge_attr
     with torch.no_grad():
         score = net.eval()(*inputs).score
     best = day.codes[int(score[:, 0].argmax())]
     found = explain(net, *inputs, day.codes, best)
-    on_cpu = [v.cpu() if isinstance(v, Tensor) else v for v in found]
-    fig = plot_explanation(type(found)(*on_cpu), s.panel.spec.features, net.spec)
+    on_cpu = []
+    for part in found:
+        on_cpu.append(part.cpu() if isinstance(part, Tensor) else part)
+    fig = plot_explanation(type(found)(*on_cpu), shared.panel.spec.features, net.spec)
     fig.suptitle(f'{best} on {day.date}, ranked first', fontsize=10)
     return fig
 
 # %% ../nbs/03g_inference.ipynb #identity
-CHECKPOINT_VERSION = 5  # 3: gates open one way; 4: Fisher's z; 5: parts are registered by name
-
 def identity(
-    s:Setup,
+    shared:Setup,
 )->dict: # what a network must share with the data that it is loaded for
     "Features, targets and sizes"
-    sizes = json.loads(json.dumps(asdict(s.network_spec)))
-    return dict(features=list(s.panel.spec.features), targets=list(s.panel.spec.target_names),
-                lookback=s.spec.lookback, network=sizes)
+    spec = shared.panel.spec
+    sizes = json.loads(json.dumps(asdict(shared.network_spec)))
+    return dict(
+        features=list(spec.features), targets=list(spec.target_names),
+        lookback=shared.spec.lookback, network=sizes)
 
-def save_checkpoint(path:Path, s:Setup, phase:int, net:ATFT, **more):
-    "Write weights, what they belong to, and the scalers, whole or not at all"
-    state = dict(
-        version=CHECKPOINT_VERSION, phase=phase, identity=identity(s),
-        fingerprint=s.panel.fingerprint, model=net.state_dict(),
-        scaler=s.scaler.state_dict(), target=s.target.state_dict())
-    save_state(path, state | more)
-
-# %% ../nbs/03g_inference.ipynb #load_checkpoint
 def _flat_identity(one):
     "Names and values of an identity, those of the network among them"
     return {k: v for k, v in one.items() if k != 'network'} | one['network']
 
+# %% ../nbs/03g_inference.ipynb #save_checkpoint
+CHECKPOINT_VERSION = 5  # 3: gates open one way; 4: Fisher's z; 5: parts are registered by name
+
+def save_checkpoint(path:Path, shared:Setup, phase:int, net:ATFT, **more):
+    "Write weights, what they belong to, and the scalers, whole or not at all"
+    state = dict(
+        version=CHECKPOINT_VERSION, phase=phase, identity=identity(shared),
+        fingerprint=shared.panel.fingerprint, model=net.state_dict(),
+        scaler=shared.scaler.state_dict(), target=shared.target.state_dict())
+    save_state(path, state | more)
+
+# %% ../nbs/03g_inference.ipynb #load_checkpoint
 def load_checkpoint(
     path:str|Path,
-    s:Setup|None=None, # what it shall fit; None: not checked
+    shared:Setup|None=None, # what it shall fit; None: not checked
     fall_back:bool=False, # to the one before, if this one is missing or damaged
 )->dict:
     "Read a checkpoint, weights only, and refuse one that does not fit"
     state = load_state(path, CHECKPOINT_VERSION, fall_back)
-    if s is None or state['identity'] == identity(s): return state
+    if shared is None or state['identity'] == identity(shared): return state
     there = _flat_identity(state['identity'])
-    here = _flat_identity(identity(s))
+    here = _flat_identity(identity(shared))
     differ = [f'{k}: {there.get(k)} there, {v} here' for k, v in here.items() if there.get(k) != v]
     raise AtftError(f'checkpoint {path} (phase {state["phase"]}) does not fit: {"; ".join(differ)}')

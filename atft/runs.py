@@ -18,8 +18,6 @@ from .core import AtftError, write_json
 from .ledger import Ledger
 
 # %% ../nbs/03b_runs.ipynb #RunFolder
-CONFIG_VERSION = 2  # 1: options, phases and data without the code that made them
-
 class RunFolder:
     "The folder of a run: whoever wants a file of it asks here"
     def __init__(self, path:str|Path): self.path = Path(path)
@@ -38,15 +36,22 @@ class RunFolder:
     @cached_property
     def ledger(self): return Ledger(self.path)
 
-    def best(self, number:int): return self.path/f'phase{number}_best.pt'
+# %% ../nbs/03b_runs.ipynb #best
+@patch
+def best(self:RunFolder, number:int): return self.path/f'phase{number}_best.pt'
 
-    def last(self, number:int): return self.path/f'phase{number}_last.pt'
+@patch
+def last(self:RunFolder, number:int): return self.path/f'phase{number}_last.pt'
 
-    def metrics_path(self, number:int): return self.path/f'phase{number}_metrics.json'
+@patch
+def metrics_path(self:RunFolder, number:int): return self.path/f'phase{number}_metrics.json'
 
-    def predictions_path(self, number:int): return self.path/f'phase{number}_predictions.parquet'
+@patch
+def predictions_path(self:RunFolder, number:int):
+    return self.path/f'phase{number}_predictions.parquet'
 
-    def attribution(self, number:int): return self.path/f'phase{number}_attribution.png'
+@patch
+def attribution(self:RunFolder, number:int): return self.path/f'phase{number}_attribution.png'
 
 # %% ../nbs/03b_runs.ipynb #finished
 @patch
@@ -66,6 +71,7 @@ def finished(self:RunFolder)->dict[int, dict]: # phase -> its metrics, in order
     numbers = sorted(int(name.removeprefix('phase').split('_')[0]) for name in names)
     return {number: self.read_metrics(number) for number in numbers}
 
+# %% ../nbs/03b_runs.ipynb #predictions
 @patch
 def predictions(self:RunFolder, number:int)->pl.DataFrame:
     "The predictions of a phase on validation and test days"
@@ -90,14 +96,8 @@ def plan(self:RunFolder,
     if not unfinished: return wanted
     return [n for n in wanted if n >= unfinished[0]]
 
-# %% ../nbs/03b_runs.ipynb #write_config
-FREE = {  # may differ between runs in one folder
-    'phase', 'run_dir', 'resume_checkpoint', 'save_phase_checkpoint', 'save_minutes', 'device',
-    'num_workers'}
-
-def as_json(value):
-    "The value as reading it back from JSON gives it: lists for tuples"
-    return json.loads(json.dumps(value))
+# %% ../nbs/03b_runs.ipynb #read_config
+CONFIG_VERSION = 2  # 1: options, phases and data without the code that made them
 
 @patch
 def read_config(self:RunFolder)->dict:
@@ -107,10 +107,11 @@ def read_config(self:RunFolder)->dict:
     config = json.loads(self.config_path.read_text())
     version = config.get('version', 1)
     if version != CONFIG_VERSION:
-        raise AtftError(f'run folder {self.path} was written in format {version} of run folders, this '
-                        f'package reads {CONFIG_VERSION}; train again in another run_dir')
+        raise AtftError(f'run folder {self.path} was written in format {version} of run folders, '
+                        f'this package reads {CONFIG_VERSION}; train again in another run_dir')
     return config
 
+# %% ../nbs/03b_runs.ipynb #run
 @patch
 def run(self:RunFolder): # a `RunSpec`
     "The run that the folder was made with"
@@ -123,15 +124,25 @@ def phases(self:RunFolder): # a tuple of `Phase`
     from atft.specs import Phase
     return tuple(Phase(**one) for one in self.read_config()['phases'])
 
-# %% ../nbs/03b_runs.ipynb #claim
+# %% ../nbs/03b_runs.ipynb #_differences
+FREE = {  # may differ between runs in one folder
+    'phase', 'run_dir', 'resume_checkpoint', 'save_phase_checkpoint', 'save_minutes', 'device',
+    'num_workers'}
+
 def _differences(old, new):
     "What two configurations disagree about, in words"
-    options = new['run'].items()
-    changed = [(k, v) for k, v in options if k not in FREE and old['run'].get(k) != v]
-    words = [f'{k}={old["run"].get(k)} there, {v} here' for k, v in changed]
+    words = []
+    for name, here in new['run'].items():
+        there = old['run'].get(name)
+        if name not in FREE and there != here: words.append(f'{name}={there} there, {here} here')
     if old['data']['fingerprint'] != new['data']['fingerprint']: words.append('other data')
     if old['phases'] != new['phases'] and not words: words.append('another phase table')
     return words
+
+# %% ../nbs/03b_runs.ipynb #claim
+def as_json(value):
+    "The value as reading it back from JSON gives it: lists for tuples"
+    return json.loads(json.dumps(value))
 
 @patch
 def claim(self:RunFolder,

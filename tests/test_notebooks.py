@@ -8,8 +8,10 @@ import shutil
 import pytest
 from conftest import ROOT
 
+from atft import hpo, phases
 from atft.core import AtftError
 from atft.project import ROAD, assert_exported, road_svg
+from atft.specs import flat_names, parameters_cell
 
 NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
 
@@ -58,6 +60,16 @@ def test_papermill_parses_every_parameter(name, caplog):
     assert [p.name for p in found] == assigned
     assert not caplog.records, caplog.text
     assert all(p.help for p in found)
+
+
+def test_the_cell_of_the_phases_is_made_of_the_records():
+    assert parameters_of('03_phases') == parameters_cell(**phases.PARAMETERS)
+
+
+def test_the_cell_of_the_search_is_made_of_the_records():
+    of_a_run = [name for name in flat_names() if name not in hpo.DECIDED]
+    cell = parameters_cell(*hpo.PARAMETERS, *of_a_run, **hpo.PARAMETERS)
+    assert parameters_of('05_hpo') == cell
 
 
 def test_notebooks_are_exported():
