@@ -168,7 +168,7 @@ def _keys_of(shared):
     graph = shared.graphs.graph
     edges = dict(
         name=type(graph).__name__, spec=asdict(graph.spec), version=graph.version,
-        code=shared.graphs.code)
+        data=shared.panel.fingerprint, code=shared.graphs.code)
     return dict(panel=shared.panel.recipe, graph=edges)
 
 # %% ../nbs/03_phases.ipynb #config_of
