@@ -136,6 +136,7 @@ def _is_enough(study, search, bar):
     at_work = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
     return len(have)+len(at_work) >= search.trials
 
+# %% ../nbs/05_hpo.ipynb #_check_target
 def _check_target(search, panel):
     names = panel.spec.target_names
     if search.target.name not in names:

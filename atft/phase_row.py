@@ -137,7 +137,8 @@ def _check_numbers(phase):
 def _read_change(change, count):
     "The phases that a change speaks of, the field, and the value as text"
     where, equals, value = change.partition('=')
-    number, _, name = where.strip().rpartition('.')
+    name = where.strip().split('.')[-1]
+    number = where.strip().rpartition('.')[0]
     known = [f.name for f in fields(Phase)]
     numbers = [str(n) for n in range(count)]
     is_known = name in known or name in groups()

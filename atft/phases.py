@@ -57,7 +57,7 @@ PHASES = (
           rates=dict(encoder=.5, head=1.5), averaging=.998),
 )
 
-# %% ../nbs/03_phases.ipynb #phase_table
+# %% ../nbs/03_phases.ipynb #_table_row
 def _text(value):
     "A field of a phase as the table shows it"
     if isinstance(value, dict): return ', '.join(f'{k} {v:g}' for k, v in value.items())
@@ -71,6 +71,7 @@ def _table_row(name, values):
         cells.append(_text(value) if value == old else f'**{_text(value)}**')
     return [name, *cells]
 
+# %% ../nbs/03_phases.ipynb #phase_table
 def phase_table(
     phases:tuple[Phase, ...]=PHASES,
 )->str: # markdown
@@ -89,6 +90,7 @@ def parse_phases(
     "Which phases are meant"
     return wanted_phases(text, PHASES if phases is None else phases)
 
+# %% ../nbs/03_phases.ipynb #check_run
 def check_run(
     spec:RunSpec,
     phases:tuple[Phase, ...]|None=None, # the table; None: `PHASES`
@@ -96,7 +98,7 @@ def check_run(
     "Refuse what cannot be meant, before anything is read or made"
     return check_spec(spec, PHASES if phases is None else phases)
 
-# %% ../nbs/03_phases.ipynb #metrics
+# %% ../nbs/03_phases.ipynb #_rank_ic_intervals
 def _rank_ic_intervals(daily, spec):
     "Mean and interval of each target's daily rank IC; the usual targets by their number of days"
     found = {}
@@ -105,6 +107,7 @@ def _rank_ic_intervals(daily, spec):
         found[key] = mean_interval(daily[:, nth], label.horizon)
     return found
 
+# %% ../nbs/03_phases.ipynb #metrics
 def metrics(
     trainer:Trainer,
 )->dict: # see the table above
@@ -135,7 +138,8 @@ def write_results(
             save_checkpoint(folder.best(number), shared, number, trainer.net)
         with atomic_path(folder.predictions_path(number)) as temp:
             predictions.write_parquet(temp)
-        save_figure(attribution(trainer.net, shared), folder.path/f'phase{number}.md', 'attribution')
+        picture = attribution(trainer.net, shared)
+        save_figure(picture, folder.path/f'phase{number}.md', 'attribution')
         write_json(folder.metrics_path(number), metrics(trainer))
     trainer.tell('phase_ends')
     shared.processes.wait()
@@ -150,7 +154,7 @@ def plan(
     "What is left to train in a folder, by `RunFolder.plan`"
     return RunFolder(run).plan(wanted, resume)
 
-# %% ../nbs/03_phases.ipynb #config_of
+# %% ../nbs/03_phases.ipynb #_data_of
 def _data_of(panel):
     "Which data a run reads, as `config.json` says it"
     return dict(
@@ -158,6 +162,16 @@ def _data_of(panel):
         features=panel.spec.features, targets=panel.spec.target_names, skipped=panel.skipped,
         folder=str(panel.folder.resolve()))
 
+# %% ../nbs/03_phases.ipynb #_keys_of
+def _keys_of(shared):
+    "What the panel and the graphs are known by"
+    graph = shared.graphs.graph
+    edges = dict(
+        name=type(graph).__name__, spec=asdict(graph.spec), version=graph.version,
+        data=shared.panel.fingerprint, code=shared.graphs.code)
+    return dict(panel=shared.panel.recipe, graph=edges)
+
+# %% ../nbs/03_phases.ipynb #config_of
 def config_of(
     shared:Setup,
     phases:tuple[Phase, ...], # the table, overrides included
@@ -167,32 +181,33 @@ def config_of(
     split = {}
     for name, days in vars(shared.split).items():
         split[name] = [str(days[0]), str(days[-1]), len(days)]
-    graph = shared.graphs.graph
-    edges = dict(name=type(graph).__name__, spec=asdict(graph.spec), version=graph.version)
-    keys = dict(panel=shared.panel.recipe, graph=edges | dict(code=shared.graphs.code))
+    rows = [asdict(phase) for phase in phases]
+    by_whom = {name: made[name] for name in ('commit', 'versions', 'hardware')}
     return dict(
-        run=shared.spec.flat(), phases=[asdict(phase) for phase in phases], data=_data_of(shared.panel),
-        split=split, keys=keys,
-        made={name: made[name] for name in ('commit', 'versions', 'hardware')})
+        run=shared.spec.flat(), phases=rows, data=_data_of(shared.panel), split=split,
+        keys=_keys_of(shared), made=by_whom)
 
 # %% ../nbs/03_phases.ipynb #_start_of
 def _start_of(number, todo, folder, shared):
     "The checkpoint a phase begins with; None for fresh weights"
     resume = shared.spec.resume_checkpoint
     if number != todo[0]:
+        if not shared.spec.save_phase_checkpoint: return None
         before = todo[todo.index(number)-1]
-        return load_checkpoint(folder.best(before), shared) if shared.spec.save_phase_checkpoint else None
+        return load_checkpoint(folder.best(before), shared)
     if resume == 'none' or resume == 'auto' and number == 0: return None
     return load_checkpoint(folder.best(number-1) if resume == 'auto' else resume, shared)
 
 # %% ../nbs/03_phases.ipynb #_announce
 def _announce(shared, todo, wanted):
     "What will be trained, on what"
-    lines = [str(shared.panel), str(shared.split), f'phases to train: {", ".join(map(str, todo))}']
-    if todo != wanted: lines[-1] += f' (asked for: {shared.spec.phase})'
-    if shared.processes.world > 1: lines[-1] += f', by {shared.processes.world} processes on {shared.device.type}'
-    lines += [f'skipped: shard {shard}' for shard in shared.panel.skipped]
-    print('\n'.join(lines), file=sys.stderr, flush=True)
+    numbers = ', '.join(map(str, todo))
+    line = f'phases to train: {numbers}'
+    if todo != wanted: line += f' (asked for: {shared.spec.phase})'
+    world = shared.processes.world
+    if world > 1: line += f', by {world} processes on {shared.device.type}'
+    skipped = [f'skipped: shard {shard}' for shard in shared.panel.skipped]
+    print(shared.panel, shared.split, line, *skipped, sep='\n', file=sys.stderr, flush=True)
 
 # %% ../nbs/03_phases.ipynb #_run_chain
 def _run_chain(shared, folder, phases, keeper, callbacks, show):
@@ -225,7 +240,8 @@ def run_phases(
     spec = check_run(spec, phases)
     folder = RunFolder(spec.run_dir)
     if watch: callbacks = (*callbacks, Watch(watch))
-    held = folder.hold() if Processes().first else nullcontext(_no_sign)
+    held = nullcontext(lambda: None)
+    if Processes().first: held = folder.hold()
     with held as alive, stop_on_signals() as flag:
         shared = setup(spec, panel, parts_of(phases), graph)
         keeper = Keeper(folder, flag, alive)
@@ -233,9 +249,7 @@ def run_phases(
         callbacks = (keeper, Recorder(folder), *callbacks)
         return _run_chain(shared, folder, table_of(spec, phases), keeper, callbacks, show)
 
-def _no_sign(): "Of life: the process that holds the folder gives it"
-
-# %% ../nbs/03_phases.ipynb #plot_history
+# %% ../nbs/03_phases.ipynb #_plot_phase
 def _plot_phase(axes, start, number, m):
     "The epochs of one phase, from `start` on: loss, rank IC, gates"
     x = start+np.arange(len(m['epochs']))
@@ -249,6 +263,7 @@ def _plot_phase(axes, start, number, m):
         axes[2].plot(x, opening, '.-', color=f'C{nth+1}', label=label)
     return start+len(x)
 
+# %% ../nbs/03_phases.ipynb #plot_history
 def plot_history(
     results:dict[int, dict], # phase -> metrics
 ):                           # matplotlib figure
@@ -285,16 +300,16 @@ class LivePicture(Callback):
 def _report_row(number, m, targets, folder):
     "A line of the report's table: one phase"
     found = [m['valid_rank_ic'][name] for name in targets]
-    cells = [with_interval(i['mean'], i['low'], i['high']) for i in found]
+    cells = [with_interval(one['mean'], one['low'], one['high']) for one in found]
     kept = f'{m["best_epoch"]} of {len(m["epochs"])-1}'
     best = f'`{folder.path.name}/{folder.best(number).name}`'
     return [number, m['name'], kept, *cells, f'{m["minutes"]:.1f}', best]
 
 # %% ../nbs/03_phases.ipynb #write_report
 KEPT = (
-    'Mean over the validation days at the kept epoch (0: the weights a phase started with; training '
-    'did not improve them), with a 95% interval (equally weighted cosines). The epoch was chosen on '
-    'these days, so the test days of the evaluation report are the ones to believe.')
+    'Mean over the validation days at the kept epoch (0: the weights a phase started with; '
+    'training did not improve them), with a 95% interval (equally weighted cosines). The epoch was '
+    'chosen on these days, so the test days of the evaluation report are the ones to believe.')
 
 def _phase_rows(folder):
     "The report's table: validation rank IC by phase, of all that are finished"
@@ -307,8 +322,8 @@ def _phase_rows(folder):
 def _trained_on(config, embargo):
     "The days of each split in a sentence"
     days = [f'{name} {n} days {a} .. {b}' for name, (a, b, n) in config['split'].items()]
-    return (f'Trained on {", ".join(days)}, a gap of {embargo} sessions and the longest reach of a '
-            'target before each border.')
+    return (f'Trained on {", ".join(days)}, a gap of {embargo} sessions and the longest reach of '
+            'a target before each border.')
 
 # %% ../nbs/03_phases.ipynb #write_report-2
 def write_report(

@@ -47,7 +47,8 @@ def last(self:RunFolder, number:int): return self.path/f'phase{number}_last.pt'
 def metrics_path(self:RunFolder, number:int): return self.path/f'phase{number}_metrics.json'
 
 @patch
-def predictions_path(self:RunFolder, number:int): return self.path/f'phase{number}_predictions.parquet'
+def predictions_path(self:RunFolder, number:int):
+    return self.path/f'phase{number}_predictions.parquet'
 
 @patch
 def attribution(self:RunFolder, number:int): return self.path/f'phase{number}_attribution.png'

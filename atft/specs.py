@@ -80,7 +80,7 @@ class DataSpec:
     valid:str|None = None       # first validation day, YYYY-MM-DD; None: after 60% of the days
     test:str|None = None        # first test day; None: after 78% of the days
     end:str|None = None         # first day that is not used any more; None: all days
-    purge:int|None = None       # sessions dropped before a border; None: the longest reach of a target
+    purge:int|None = None       # sessions dropped before a border; None: the longest target's reach
     embargo:int = 20            # sessions dropped on top
     train_days:int|None = None  # at most so many training days, the latest; None: all
     lookback:int = 20           # L, days in a window
@@ -131,10 +131,10 @@ class TrainingSpec:
     "Which phases are trained, where, and how"
     phase:str = '0-4'           # which to train: 2, 0-4 or 0,2,4; missing earlier ones come first
     run_dir:str|None = None     # where checkpoints go; None: runs/NAME-OF-THE-DATA
-    resume_checkpoint:str = 'auto' # auto: best weights of the phase before; none: fresh; else a path
+    resume_checkpoint:str = 'auto' # auto: best weights of the phase before; none: fresh; or a path
     save_phase_checkpoint:bool = True # write phase{N}_best.pt and phase{N}_last.pt
     max_epochs:int|None = None  # at most so many epochs a phase; None: as in the phase table
-    overrides:str = ''          # fields of the phase table: 2.lr=1e-3,4.epochs=5
+    overrides:str = ''          # changes to the phase table, as 03h_phase_row writes them
     seed:int = 0                # of weights, dropout, order of days and samples
     device:str = 'auto'         # auto, cpu or cuda
     num_workers:int = 0         # processes that decode ahead

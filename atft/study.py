@@ -52,9 +52,9 @@ SPACE = dict( # name -> (how optuna draws it, from what)
 
 # %% ../nbs/05a_study.ipynb #_check_fixed
 def _check_fixed(fixed):
-    unknown = set(fixed)-set(SPACE)
+    unknown = sorted(set(fixed)-set(SPACE))
     if unknown:
-        raise AtftError(f'search: no parameter {sorted(unknown)[0]!r}; there are {", ".join(SPACE)}')
+        raise AtftError(f'search: no parameter {unknown[0]!r}; there are {", ".join(SPACE)}')
 
 # %% ../nbs/05a_study.ipynb #suggest
 def suggest(
@@ -120,7 +120,7 @@ class Search:
     def target(self)->Target: return as_target(self.horizon)
 
 # %% ../nbs/05a_study.ipynb #search_of
-TRIAL = dict(phase='0-3', max_epochs=1)  # of a search from the notebook, unless it is told otherwise
+TRIAL = dict(phase='0-3', max_epochs=1) # of a notebook's search, unless it is told otherwise
 
 def search_of(
     own:dict,     # the notebook's own parameters, None where nothing was given

@@ -21,6 +21,7 @@ from torch import nn
 from atft.checkpoint import load_state
 from atft.core import AtftError
 from atft.eval import write_report
+from atft.fan_san import split_missing
 from atft.graph import GraphSpec, SectorHistory, correlation_knn
 from atft.judge import compare, evaluate
 from atft.losses import TERMS, mean_known, register_term, relative_to_day
@@ -134,9 +135,10 @@ class Smoothed(nn.Module):
         super().__init__()
         self.g = nn.Parameter(torch.zeros(spec.features))
 
-    def forward(self, x):
-        mean = x.nanmean(1, keepdim=True)
-        return x + torch.tanh(self.g)*torch.where(mean.isfinite(), mean-x, 0)
+    def forward(self, x): # [N, L, F], NaN where unknown -> 0 there
+        values, known = split_missing(x)
+        mean = values.sum(1, keepdim=True)/known.sum(1, keepdim=True).clamp(min=1)
+        return values + torch.tanh(self.g)*torch.where(known, mean-values, 0)
 
 
 class Loud(nn.Module):
@@ -249,16 +251,19 @@ def test_a_table_of_ones_own_trains_with_parts_term_graph_and_callback(chain):
     assert witness.moments == wanted
 
 
+MINE = ('smoothed.g', 'widened.g', 'graph.g')
+
+
 def test_gates_are_zero_at_birth_and_move_in_their_phase(chain):
     folder, found, witness = chain
-    assert set(witness.gates[0]) >= {'smoothed.g', 'widened.g', 'graph.g', 'fan.g', 'san.g'}
+    assert set(witness.gates[0]) >= {*MINE, 'fan.gate.g', 'san.gate.g'}
     assert not any(gate.any() for gate in witness.gates[0].values())
     before_last = witness.gates[2]
     assert before_last['smoothed.g'].any() and not before_last['widened.g'].any()
     assert not before_last['graph.g'].any()
     last = load_state(folder/'phase2_best.pt', CHECKPOINT_VERSION)['model']
-    for name in ('smoothed.g', 'widened.g', 'graph.g'): assert last[name].any(), name
-    for name in ('fan.g', 'san.g'): assert not last[name].any(), name
+    for name in MINE: assert last[name].any(), name
+    for name in ('fan.gate.g', 'san.gate.g'): assert not last[name].any(), name
 
 
 def test_a_phase_starts_bit_for_bit_where_the_one_before_ended(chain, mine, small_market):

@@ -231,7 +231,7 @@ def change_the_formula(root):
 
 
 def as_old_as_ours(root):
-    "Modules that the export left as they were, with their time: numba needs to compile nothing anew"
+    "Give modules that the export left as they were their time again: numba compiles by it"
     for path in (root/'atft').glob('*.py'):
         ours = ROOT/'atft'/path.name
         if path.read_bytes() == ours.read_bytes(): shutil.copystat(ours, path)
