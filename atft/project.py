@@ -34,11 +34,11 @@ PILLARS = (
         '00g_correlation 00h_intervals 00i_targets 00j_adopted 00k_shards'),
     _pillar('graph', '60 days, k = 20,', '|corr| ≥ 0.3, cached', '01_graph 01a_neighbours 01b_sectors'),
     _pillar('network', 'FAN, SAN, encoder,', 'graph, heads, losses',
-        '02_fan_san 02a_kernels 02b_network 02c_losses 02d_san_kernels 02e_blocks '
-        '02f_explain 02g_published'),
+        '02_fan_san 02a_kernels 02b_network 02c_losses 02d_san_kernels '
+        '02e_blocks 02f_explain 02g_published'),
     _pillar('training', 'five phases, each from', 'where the last ended',
-        '03_phases 03a_specs 03b_runs 03c_trainer 03d_processes 03e_checkpoint 03f_ledger '
-        '03g_inference'),
+        '03_phases 03a_specs 03b_runs 03c_trainer 03d_processes '
+        '03e_checkpoint 03f_ledger 03g_inference'),
     _pillar('judging', 'rank IC ± 95%, costs,', 'baselines, the report',
         '04_eval 04a_predictions 04b_judge 04c_backtest 04d_baselines 04e_results '
         '04f_pictures 04g_sentences'),
@@ -66,7 +66,7 @@ def plot_road(
 ):
     "The road data takes: pillars, and the rooms behind them"
     import matplotlib.pyplot as plt  # here: a second that most commands do not need
-    fig, ax = plt.subplots(figsize=(11, 1.45))
+    fig, ax = plt.subplots(figsize=(11, 1.45), layout='constrained')
     left = 0.
     tall = 4  # rooms are stacked four high
     gap = .3
