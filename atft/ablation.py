@@ -150,7 +150,8 @@ def branch_phase(
 )->Phase:
     "The training of a branch: all of its epochs, from the baseline's weights"
     parts = BRANCHES.get(branch, ())
-    return replace(baseline_phase(epochs), name=branch, parts=parts, rates=BRANCH_RATES)
+    word = branch.replace(' + ', '_and_')  # a phase's name is one word
+    return replace(baseline_phase(epochs), name=word, parts=parts, rates=BRANCH_RATES)
 
 # %% ../nbs/07_ablation.ipynb #branch-run
 def branch_run(

@@ -34,11 +34,14 @@ PILLARS = (
         '00g_correlation 00h_intervals 00i_targets 00j_adopted 00k_shards'),
     _pillar('graph', '60 days, k = 20,', '|corr| ≥ 0.3, cached', '01_graph 01a_neighbours 01b_sectors'),
     _pillar('network', 'FAN, SAN, encoder,', 'graph, heads, losses',
-        '02_fan_san 02a_kernels 02b_network 02c_losses'),
+        '02_fan_san 02a_kernels 02b_network 02c_losses 02d_san_kernels '
+        '02e_blocks 02f_explain 02g_published'),
     _pillar('training', 'five phases, each from', 'where the last ended',
-        '03_phases 03a_specs 03b_runs 03c_trainer 03d_processes 03e_checkpoint 03f_ledger'),
+        '03_phases 03a_specs 03b_runs 03c_trainer 03d_processes '
+        '03e_checkpoint 03f_ledger 03g_inference'),
     _pillar('judging', 'rank IC ± 95%, costs,', 'baselines, the report',
-        '04_eval 04a_predictions 04b_judge 04c_backtest 04d_baselines 04e_results'),
+        '04_eval 04a_predictions 04b_judge 04c_backtest 04d_baselines 04e_results '
+        '04f_pictures 04g_sentences'),
     _pillar('using it', 'search, speed, what each', 'part adds, your own',
         '05_hpo 06_bench 07_ablation 07a_gains 08_own_idea'),
 )
@@ -63,9 +66,9 @@ def plot_road(
 ):
     "The road data takes: pillars, and the rooms behind them"
     import matplotlib.pyplot as plt  # here: a second that most commands do not need
-    fig, ax = plt.subplots(figsize=(11, 1.15))
+    fig, ax = plt.subplots(figsize=(11, 1.45), layout='constrained')
     left = 0.
-    tall = 3  # rooms are stacked three high
+    tall = 4  # rooms are stacked four high
     gap = .3
     for pillar in PILLARS:
         width = -(-len(pillar.rooms)//tall)
@@ -80,14 +83,14 @@ def plot_road(
     ax.axis('off')
 
 # %% ../nbs/00e_project.ipynb #_SVG
-_SVG = '''<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1000 330" role="img" \
+_SVG = '''<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1000 405" role="img" \
 aria-label="The road data takes, from a table of bars to a dated report">
 <style>text{font-family:Helvetica,Arial,sans-serif;text-anchor:middle;fill:#222}
 .t{font-size:15px;font-weight:bold}.s{font-size:12px}.n{font-size:10.5px;fill:#555}
 .a{stroke:#777;stroke-width:2;marker-end:url(#m)}</style>
 <defs><marker id="m" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="6" markerHeight="6" \
 orient="auto"><path d="M0 0L10 5L0 10z" fill="#777"/></marker></defs>
-<rect width="1000" height="330" fill="white"/>'''
+<rect width="1000" height="405" fill="white"/>'''
 _FILLS = '#dbe9f6 #dbe9f6 #fde5cc #fde5cc #d9f0d3 #eeeeee'.split()
 
 # %% ../nbs/00e_project.ipynb #road_svg
