@@ -125,7 +125,7 @@ def relative_to_day(
 )->Tensor:
     "Distance from the mean of the day's known values"
     zero = zero_unknown(values, known)
-    total = zero.sum(-1, keepdim=True)
+    total = zero_unknown(values, known).sum(-1, keepdim=True)
     return zero-total/known.sum(-1, keepdim=True).clamp(min=1)
 
 # %% ../nbs/02c_losses.ipynb #mse_term
