@@ -1,8 +1,10 @@
-"""What the code computes, as digests: `python tests/digests.py write FILE` before a change, `python tests/digests.py compare FILE` after it.
+"""What the code computes, as digests.
 
-Two small runs of all phases, one on an embedded market and one on a folder of bars with flaws in it. The digests are of bits, so they belong
-to one machine and one set of packages: make them with the old tree and the new one side by side. Names are looked up in every module, so
-that a thing may move from one to another."""
+`python tests/digests.py write FILE` before a change, `python tests/digests.py compare FILE` after it.
+Two small runs of all phases, one on an embedded market and one on a folder of bars with flaws in it.
+The digests are of bits, so they belong to one machine and one set of packages: make them with the
+old tree and the new one side by side. Names are looked up in every module, so that a thing may move
+from one to another."""
 import hashlib
 import importlib
 import json
@@ -18,7 +20,8 @@ import torch
 
 import atft
 
-MODULES = [importlib.import_module(f'atft.{m.name}') for m in pkgutil.iter_modules(atft.__path__) if not m.name.startswith('_')]
+NAMES_OF_MODULES = [m.name for m in pkgutil.iter_modules(atft.__path__) if m.name[0] != '_']
+MODULES = [importlib.import_module(f'atft.{name}') for name in NAMES_OF_MODULES]
 
 
 def product(name):
@@ -39,7 +42,8 @@ def digest(*values):
                 total.update(repr(value[column].to_list()).encode())
         else:
             array = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
-            total.update(str(array.dtype).encode() + str(array.shape).encode() + np.ascontiguousarray(array).tobytes())
+            total.update(str(array.dtype).encode() + str(array.shape).encode())
+            total.update(np.ascontiguousarray(array).tobytes())
     return total.hexdigest()[:16]
 
 
@@ -89,7 +93,8 @@ def of_run(name, run, panel):
         intervals = {k: [v['mean'], v['low'], v['high']] for k, v in metrics['valid_rank_ic'].items()}
         out[f'intervals {n}'] = hashlib.sha256(repr(intervals).encode()).hexdigest()[:16]
         table = pl.read_parquet(folder/f'phase{n}_predictions.parquet')
-        out[f'predictions {n}'] = digest(table.select(*TABLE, 'q10', 'q50', 'q90', 'split').with_columns(pl.col('horizon').cast(pl.Int32)))
+        table = table.select(*TABLE, 'q10', 'q50', 'q90', 'split')
+        out[f'predictions {n}'] = digest(table.with_columns(pl.col('horizon').cast(pl.Int32)))
     return out
 
 
@@ -111,7 +116,8 @@ def of_frames(run):
     out['decay'] = digest(known(product('decay')(last)))
     out['deciles'] = digest(product('decile_returns')(last, 1))
     out['years'] = digest(known(product('evaluate_by')(last, 'year')))
-    out['compare'] = digest(known(compare(tables['0'], tables['1'], tables['2'], tables['3'], tables['4'], names=tuple('01234'))))
+    in_order = [tables[name] for name in '01234']
+    out['compare'] = digest(known(compare(*in_order, names=tuple('01234'))))
     return out
 
 
@@ -127,7 +133,8 @@ def everything():
         panel = product('embedded_panel')(market, cache=root/'cache')
         bars = product('open_panel')(flawed_bars(root/'bars'), root/'cache')
         made = product('synthetic_market')(market)
-        out['market'] = dict(panel=digest(made.panel), bars=digest(made.ohlcv), oracle=digest(made.oracle.drop('target_name', strict=False)))
+        oracle = made.oracle.drop('target_name', strict=False)
+        out['market'] = dict(panel=digest(made.panel), bars=digest(made.ohlcv), oracle=digest(oracle))
         for name, data in dict(embedded=panel, bars=bars).items():
             out[f'{name} panel'] = of_panel(data)
             run = RunSpec(**small, run_dir=str(root/name))
