@@ -85,7 +85,8 @@ def test_kills_leave_a_study_that_ends_with_exactly_the_trials_asked_for(
 
 def waits_for_a_lock(process):
     "Whether the kernel has it in the queue of a lock"
-    waiting = [line.split() for line in Path('/proc/locks').read_text().splitlines() if '->' in line]
+    locks = Path('/proc/locks').read_text().splitlines()
+    waiting = [line.split() for line in locks if '->' in line]
     return any(str(process.pid) in words for words in waiting)
 
 

@@ -21,7 +21,8 @@ def parameters(**given):
 
 def flags(**given):
     "--name value for each"
-    return [word for name, value in given.items() for word in (f'--{name}'.replace('_', '-'), value)]
+    pairs = [(f'--{name}'.replace('_', '-'), value) for name, value in given.items()]
+    return [word for pair in pairs for word in pair]
 
 
 def papermill(*words, **options):
