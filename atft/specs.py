@@ -134,7 +134,7 @@ class TrainingSpec:
     resume_checkpoint:str = 'auto' # auto: best weights of the phase before; none: fresh; or a path
     save_phase_checkpoint:bool = True # write phase{N}_best.pt and phase{N}_last.pt
     max_epochs:int|None = None  # at most so many epochs a phase; None: as in the phase table
-    overrides:str = ''          # of the phase table: 2.lr or epochs, an equals sign, a value; commas between
+    overrides:str = '' # changes of the phase table: 2.lr or epochs, equals sign, value
     seed:int = 0                # of weights, dropout, order of days and samples
     device:str = 'auto'         # auto, cpu or cuda
     num_workers:int = 0         # processes that decode ahead
