@@ -109,6 +109,5 @@ def test_baselines_wait_with_what_they_may_not_need(predictions):
     assert loaded_by('import atft.baselines', predictions) == '[]'
 
 
-@pytest.mark.xfail(reason='atft.eval still imports Split from the stream when it is loaded')
 def test_the_report_loads_neither_the_network_nor_numba(predictions):
     assert loaded_by('import atft.eval', predictions) == '[]'
