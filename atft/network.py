@@ -385,7 +385,6 @@ def check_part(
     lookback:int, # L steps of a window
 ):
     "AtftError unless switching the part on changes no bit of the newborn network's output"
-    fail = lambda what: AtftError(f'part {name}: {what}; let its gate be zero at birth')
     inputs = _made_up_inputs(net.spec, lookback)
     was_on = net.parts
     was_training = net.training
@@ -394,9 +393,11 @@ def check_part(
     with_it = net.switch((name,))(*inputs)
     net.switch(was_on).train(was_training)
     if not with_it.score.isfinite().all():
-        raise fail('its output is not finite where inputs are missing')
+        raise AtftError(f'part {name}: its output is not finite where inputs are missing; '
+                        'let it give 0 there, as split_missing does')
     if not torch.equal(without.score, with_it.score):
-        raise fail('it changes the output at birth')
+        raise AtftError(f'part {name}: it changes the output at birth; '
+                        'let its gate be zero at birth')
 
 # %% ../nbs/02b_network.ipynb #openings
 def openings(
