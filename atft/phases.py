@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .callbacks import Callback, Keeper, Progress, Recorder, Watch
+from .callbacks import Callback, Keeper, Progress, Recorder, Watch, check_callbacks
 from .checkpoint import Stopped, stop_on_signals
 from .core import AtftError, atomic_path, write_json
 from .inference import (
@@ -240,6 +240,7 @@ def run_phases(
     spec = check_run(spec, phases)
     folder = RunFolder(spec.run_dir)
     if watch: callbacks = (*callbacks, Watch(watch))
+    check_callbacks(callbacks)
     held = nullcontext(lambda: None)
     if Processes().first: held = folder.hold()
     with held as alive, stop_on_signals() as flag:

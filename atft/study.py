@@ -55,6 +55,10 @@ def _check_fixed(fixed):
     unknown = sorted(set(fixed)-set(SPACE))
     if unknown:
         raise AtftError(f'search: no parameter {unknown[0]!r}; there are {", ".join(SPACE)}')
+    shares = set(TERM_SHARES) & set(fixed)
+    if shares and len(shares) < len(TERM_SHARES):
+        raise AtftError(f'search: {", ".join(TERM_SHARES)} are shares of one loss; '
+                        f'fix all of them or none, not {", ".join(sorted(shares))} alone')
 
 # %% ../nbs/05a_study.ipynb #suggest
 def suggest(

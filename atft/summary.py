@@ -163,7 +163,7 @@ def _written_down(search, study):
     at_work = len(study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
     more = f' {at_work} more still at work: run the command again when they have ended.'
     return (f'- The ledger of the study has {ledger.count("trial")} trials and '
-            f'{ledger.count("test")} look(shared) at the test days.{more if at_work else ""}')
+            f'{ledger.count("test")} look(s) at the test days.{more if at_work else ""}')
 
 # %% ../nbs/05b_summary.ipynb #_sentences
 def _sentences(search, study, judged):

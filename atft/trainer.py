@@ -25,6 +25,7 @@ from .inference import Setup, autocast, load_checkpoint, stack, validate
 from .losses import OWN_TERMS, by_day, loss_terms, total_loss
 from .network import ATFT, PARTS, Forecast, openings, parameter_groups
 from .runs import RunFolder
+from .phase_row import HORIZONS
 from .specs import Phase
 
 # %% ../nbs/03c_trainer.ipynb #make_optimizer
@@ -43,12 +44,21 @@ def make_optimizer(
 # %% ../nbs/03c_trainer.ipynb #target_weights
 def target_weights(
     phase:Phase,
-    labels:tuple, # the panel's targets, `Target`shared
+    labels:tuple, # the panel's targets, `Target`s
 )->Tensor:        # [H]
     "The phase's weights in the order of the panel's targets"
     known = phase.horizon_weights
+    _refuse_absent(phase, [t.name for t in labels])
     weights = [known.get(t.name, known.get(f'{t.horizon}d', 1.)) for t in labels]
     return torch.tensor([float(w) for w in weights])
+
+def _refuse_absent(phase, names):
+    "A weight for a target that the panel has not; the usual four are weighed whether it has them or not"
+    usual = {f'{horizon}d' for horizon in HORIZONS}
+    absent = sorted(set(phase.horizon_weights)-usual-set(names))
+    if absent:
+        raise AtftError(f'phase {phase.name!r}: horizon_weights names {absent[0]!r}, which the panel '
+                        f'does not have; it has {", ".join(names)}')
 
 # %% ../nbs/03c_trainer.ipynb #Trainer
 class Trainer:
