@@ -212,6 +212,7 @@ def _announce(shared, todo, wanted):
 # %% ../nbs/03_phases.ipynb #_run_chain
 def _run_chain(shared, folder, phases, keeper, callbacks, show):
     "The phases that are wanted or missing, one after another"
+    shared.network()  # what is refused, and slow to import, is so before anything is written
     if shared.processes.first: folder.claim(config_of(shared, phases))
     wanted = parse_phases(shared.spec.phase, phases)
     todo = shared.processes.same(folder.plan(wanted, shared.spec.resume_checkpoint))
