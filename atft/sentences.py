@@ -118,7 +118,8 @@ def _said_place(result, rows, differences, family):
     "The last phase beside the baseline that ranks best"
     rivals = [d for d in differences if d['a'] in result.baselines]
     if not rivals: return 'It was not set beside a baseline'
-    best = max(rivals, key=lambda d: rows[d['a']]['rank_ic'] or -1)
+    judged = [d for d in rivals if rows[d['a']]['rank_ic'] is not None]
+    best = max(judged or rivals[:1], key=lambda d: rows[d['a']]['rank_ic'] or 0.)
     return said_rival(best, family)
 
 def _said_profit(result, trades):
