@@ -31,7 +31,8 @@ def _pillar(title, first, second, rooms):
 PILLARS = (
     _pillar('data', 'any bars or features,', 'streamed day by day',
         '00_data 00a_core 00b_panel 00c_bars 00d_market 00e_project 00f_reports '
-        '00g_correlation 00h_intervals 00i_targets 00j_adopted 00k_shards'),
+        '00g_correlation 00h_intervals 00i_targets 00j_adopted 00k_shards '
+        '00l_intake 00m_sessions 00n_repairs 00o_places 00p_features 00q_causal 00r_vendors'),
     _pillar('graph', '60 days, k = 20,', '|corr| ≥ 0.3, cached',
         '01_graph 01a_neighbours 01b_sectors'),
     _pillar('network', 'FAN, SAN, encoder,', 'graph, heads, losses',
@@ -67,9 +68,9 @@ def plot_road(
 ):
     "The road data takes: pillars, and the rooms behind them"
     import matplotlib.pyplot as plt  # here: a second that most commands do not need
-    fig, ax = plt.subplots(figsize=(11, 1.45), layout='constrained')
+    fig, ax = plt.subplots(figsize=(11, 1.7), layout='constrained')
     left = 0.
-    tall = 4  # rooms are stacked four high
+    tall = 5  # rooms are stacked five high
     gap = .3
     for pillar in PILLARS:
         width = -(-len(pillar.rooms)//tall)
@@ -84,14 +85,14 @@ def plot_road(
     ax.axis('off')
 
 # %% ../nbs/00e_project.ipynb #_SVG
-_SVG = '''<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1000 405" role="img" \
+_SVG = '''<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1000 580" role="img" \
 aria-label="The road data takes, from a table of bars to a dated report">
 <style>text{font-family:Helvetica,Arial,sans-serif;text-anchor:middle;fill:#222}
 .t{font-size:15px;font-weight:bold}.s{font-size:12px}.n{font-size:10.5px;fill:#555}
 .a{stroke:#777;stroke-width:2;marker-end:url(#m)}</style>
 <defs><marker id="m" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="6" markerHeight="6" \
 orient="auto"><path d="M0 0L10 5L0 10z" fill="#777"/></marker></defs>
-<rect width="1000" height="405" fill="white"/>'''
+<rect width="1000" height="580" fill="white"/>'''
 _FILLS = '#dbe9f6 #dbe9f6 #fde5cc #fde5cc #d9f0d3 #eeeeee'.split()
 
 # %% ../nbs/00e_project.ipynb #road_svg
