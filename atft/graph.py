@@ -238,6 +238,8 @@ class _CodeOf:
 # %% ../nbs/01_graph.ipynb #_check_graph
 def _check_graph(graph):
     "One line about what a graph lacks"
+    if isinstance(graph, type):
+        raise AtftError(f'graph {graph.__name__} is a class; make one: {graph.__name__}()')
     name = _name_of(graph)
     for part in ('spec', 'version', 'attributes'):
         if not hasattr(graph, part):

@@ -89,6 +89,7 @@ def _check_windows(spec):
     "FAN has different windows of at least two days, or frequencies to blend"
     windows = spec.fan_windows
     is_list = isinstance(windows, (tuple, list)) and all(map(_is_whole, windows))
+    if isinstance(spec.parts, str): raise _refuse(spec, 'parts', 'a tuple of names')
     if not is_list or len(set(windows)) < len(windows) or min(windows, default=2) < 2:
         raise _refuse(spec, 'fan_windows', 'different whole numbers of days, each at least 2')
     object.__setattr__(spec, 'fan_windows', tuple(windows))

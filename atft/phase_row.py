@@ -158,6 +158,8 @@ def _parsed_weights(value):
     "'mse:.5 ic:.5' by name; plain numbers as a tuple"
     if ':' not in value: return tuple(float(v) for v in value.split())
     pairs = [one.partition(':') for one in value.split()]
+    names = [name for name, _, _ in pairs]
+    if len(set(names)) < len(names): raise ValueError('one is named twice')
     return {name: float(weight) for name, _, weight in pairs}
 
 def _parsed(old, value):

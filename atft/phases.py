@@ -19,11 +19,14 @@ import numpy as np
 
 from .callbacks import Callback, Keeper, Progress, Recorder, Watch, check_callbacks
 from .checkpoint import Stopped, stop_on_signals
-from .core import AtftError, atomic_path, write_json
+from .core import AtftError, atomic_path, code_key, write_json
 from .inference import (
     CHECKPOINT_VERSION, Setup, attribution, load_checkpoint, predict, predictions_table,
     save_checkpoint, setup, stack, validate)
+from .graph import GraphSpec
 from .intervals import mean_interval
+from .losses import TERMS
+from .network import ATFT, PARTS
 from .panel import Panel
 from .phase_row import HORIZONS, Phase, override
 from .processes import Processes
@@ -32,7 +35,7 @@ from .reports import (
 from .runs import RunFolder
 from .specs import (
     RunSpec, check_spec, command_line, parts_of, read_command_line, table_of, wanted_phases)
-from .trainer import Trainer, train_phase
+from .trainer import Trainer, target_weights, train_phase
 
 # %% ../nbs/03_phases.ipynb #fe826075
 _all_ = [
@@ -164,12 +167,15 @@ def _data_of(panel):
 
 # %% ../nbs/03_phases.ipynb #_keys_of
 def _keys_of(shared):
-    "What the panel and the graphs are known by"
+    "What the panel, the graphs, and the network with its loss are known by"
     graph = shared.graphs.graph
+    parts = {name: code_key(PARTS[name].make) for name in shared.network_spec.parts}
+    terms = {name: code_key(term) for name, term in TERMS.items()}
     edges = dict(
         name=type(graph).__name__, spec=asdict(graph.spec), version=graph.version,
         data=shared.panel.fingerprint, code=shared.graphs.code)
-    return dict(panel=shared.panel.recipe, graph=edges)
+    return dict(
+        panel=shared.panel.recipe, graph=edges, network=code_key(ATFT), parts=parts, terms=terms)
 
 # %% ../nbs/03_phases.ipynb #config_of
 def config_of(
@@ -212,7 +218,6 @@ def _announce(shared, todo, wanted):
 # %% ../nbs/03_phases.ipynb #_run_chain
 def _run_chain(shared, folder, phases, keeper, callbacks, show):
     "The phases that are wanted or missing, one after another"
-    shared.network()  # what is refused, and slow to import, is so before anything is written
     if shared.processes.first: folder.claim(config_of(shared, phases))
     wanted = parse_phases(shared.spec.phase, phases)
     todo = shared.processes.same(folder.plan(wanted, shared.spec.resume_checkpoint))
@@ -225,6 +230,24 @@ def _run_chain(shared, folder, phases, keeper, callbacks, show):
         done[number] = write_results(trainer, folder)
         keeper.stop_if_asked(trainer)
     return done
+
+# %% ../nbs/03_phases.ipynb #_prepared
+def _check_graph(spec, graph):
+    "A graph that is handed in has its own options"
+    if isinstance(graph, type):
+        raise AtftError(f'run_phases: graph={graph.__name__} is a class; make one: {graph.__name__}()')
+    if graph is None or spec.graph in (GraphSpec(), getattr(graph, 'spec', None)): return
+    raise AtftError(f'run_phases: {type(graph).__name__} is handed in, so the options of the '
+                    f'correlation graph would have no effect ({spec.graph}); leave one of them out')
+
+def _prepared(spec, panel, phases, graph):
+    "The data, the scalers and the graphs of a run that can be trained"
+    _check_graph(spec, graph)
+    shared = setup(spec, panel, parts_of(phases), graph)
+    shared.network()  # slow to import, and refuses sizes that do not fit
+    for phase in table_of(spec, phases):
+        target_weights(phase, shared.panel.spec.labels)
+    return shared
 
 # %% ../nbs/03_phases.ipynb #run_phases
 def run_phases(
@@ -239,17 +262,17 @@ def run_phases(
     "Train the phases of `spec` in order, each from the best weights of the one before"
     phases = PHASES if phases is None else tuple(phases)
     spec = check_run(spec, phases)
-    folder = RunFolder(spec.run_dir)
     if watch: callbacks = (*callbacks, Watch(watch))
     check_callbacks(callbacks)
-    held = nullcontext(lambda: None)
-    if Processes().first: held = folder.hold()
-    with held as alive, stop_on_signals() as flag:
-        shared = setup(spec, panel, parts_of(phases), graph)
-        keeper = Keeper(folder, flag, alive)
-        if show and shared.processes.first: callbacks = (Progress(), *callbacks)
-        callbacks = (keeper, Recorder(folder), *callbacks)
-        return _run_chain(shared, folder, table_of(spec, phases), keeper, callbacks, show)
+    with stop_on_signals() as flag:
+        shared = _prepared(spec, panel, phases, graph)
+        folder = RunFolder(spec.run_dir)
+        held = folder.hold() if shared.processes.first else nullcontext(lambda: None)
+        with held as alive:
+            keeper = Keeper(folder, flag, alive)
+            if show and shared.processes.first: callbacks = (Progress(), *callbacks)
+            callbacks = (keeper, Recorder(folder), *callbacks)
+            return _run_chain(shared, folder, table_of(spec, phases), keeper, callbacks, show)
 
 # %% ../nbs/03_phases.ipynb #_plot_phase
 def _plot_phase(axes, start, number, m):

@@ -137,6 +137,17 @@ def _differences(old, new):
         if name not in FREE and there != here: words.append(f'{name}={there} there, {here} here')
     if old['data']['fingerprint'] != new['data']['fingerprint']: words.append('other data')
     if old['phases'] != new['phases'] and not words: words.append('another phase table')
+    return words or _other_code(old['keys'], new['keys'])
+
+def _other_code(old, new):
+    "The graph, network, parts and terms whose code is not what it was; new ones are no difference"
+    words = []
+    if old['graph'] != new['graph']: words.append('another graph')
+    if old.get('network', new['network']) != new['network']: words.append('other code of the network')
+    for kind in ('parts', 'terms'):
+        before = old.get(kind, {})
+        changed = [name for name, key in new[kind].items() if before.get(name, key) != key]
+        words += [f'other code of {name!r} ({kind})' for name in changed]
     return words
 
 # %% ../nbs/03b_runs.ipynb #claim

@@ -25,6 +25,7 @@ from .core import AtftError
 from .panel import Target, as_target
 from .phases import PHASES
 from .project import project_root
+from .phase_row import is_whole
 from .specs import RunSpec, override
 
 # %% ../nbs/05a_study.ipynb #SPACE
@@ -55,6 +56,8 @@ def _check_fixed(fixed):
     unknown = sorted(set(fixed)-set(SPACE))
     if unknown:
         raise AtftError(f'search: no parameter {unknown[0]!r}; there are {", ".join(SPACE)}')
+    if set(fixed) == set(SPACE):
+        raise AtftError('search: every parameter is fixed, nothing is left to search')
     shares = set(TERM_SHARES) & set(fixed)
     if shares and len(shares) < len(TERM_SHARES):
         raise AtftError(f'search: {", ".join(TERM_SHARES)} are shares of one loss; '
@@ -100,6 +103,37 @@ def apply_values(
     own = [spec.overrides] if spec.overrides else []
     return replace(spec, **changes, overrides=','.join([*own, *_overrides(spec, values)]))
 
+# %% ../nbs/05a_study.ipynb #_check_search
+def _check_search(search):
+    "One line for a search that cannot be meant"
+    if not isinstance(search.run, RunSpec):
+        raise AtftError(f'search: run={search.run!r} is no RunSpec')
+    if search.run.run_dir is None:
+        raise AtftError('search: the run names no run_dir, where the study is kept; give it one')
+    if not is_whole(search.trials) or search.trials < 1:
+        raise AtftError(f'search: trials={search.trials!r} must be a whole number of at least 1')
+    if not isinstance(search.name, str) or not search.name.strip():
+        raise AtftError(f'search: name={search.name!r} is no name of a study')
+    if search.storage is not None: _check_address(search.storage)
+    _check_unsearched(search)
+
+def _check_unsearched(search):
+    "Overrides of the run change nothing that trials draw for every phase"
+    drawn = dict(weight_decay='weight_decay', terms='mse')  # a field -> what is drawn for it
+    for change in search.run.overrides.split(','):
+        name = change.partition('=')[0].strip().split('.')[-1]
+        if name in drawn and drawn[name] not in search.fixed:
+            fixed = 'all of ' + ', '.join(TERM_SHARES) if name == 'terms' else name
+            raise AtftError(f'search: overrides={change.strip()!r} would be drawn over by every '
+                            f'trial; fix it (fixed={fixed}) or leave it out')
+
+def _check_address(storage):
+    "An address that a database could have"
+    try: make_url(storage)
+    except SQLAlchemyError:
+        raise AtftError(f'search: storage={storage!r} is no address of a database; write '
+                        'sqlite:///study.db or postgresql://USER@HOST/NAME') from None
+
 # %% ../nbs/05a_study.ipynb #Search
 @dataclass(frozen=True)
 class Search:
@@ -112,8 +146,7 @@ class Search:
     name:str = 'atft'        # of the study in the database
 
     def __post_init__(self):
-        if not isinstance(self.trials, int) or self.trials < 1:
-            raise AtftError(f'search: trials={self.trials} must be at least 1')
+        _check_search(self)
         _check_fixed(self.fixed)
         self.target
 

@@ -8,6 +8,7 @@ __all__ = ['PRICES', 'Target', 'as_target', 'PanelSpec', 'tiny_table']
 # %% ../nbs/00i_targets.ipynb #imports
 import numbers
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 
 import numpy as np
@@ -116,7 +117,19 @@ def as_target(
 def _tuple(value, what):
     if isinstance(value, (str, numbers.Number, Target)):
         raise AtftError(f'PanelSpec: {what}={value!r} is a single thing; give a tuple')
+    if not isinstance(value, Iterable):
+        raise AtftError(f'PanelSpec: {what}={value!r} is no tuple; name at least one')
     return tuple(value)
+
+def _check_columns(spec):
+    "Names of columns are texts, and those of the keys differ"
+    named = [(f'feature {f!r}', f) for f in spec.features]
+    named += [(f'{key}={getattr(spec, key)!r}', getattr(spec, key)) for key in ('date', 'code', 'ret')]
+    for said, name in named:
+        if not isinstance(name, str) or not name:
+            raise AtftError(f'PanelSpec: {said} is no name of a column')
+    if spec.date == spec.code:
+        raise AtftError(f'PanelSpec: date and code are both the column {spec.date!r}')
 
 def _check_once(names, what):
     if not names:
@@ -153,6 +166,7 @@ class PanelSpec:
         labels = [as_target(h) for h in _tuple(self.horizons, 'horizons')]
         short = tuple(_short(label) for label in labels)
         self.__dict__.update(features=features, horizons=short)
+        _check_columns(self)
         _check_once(self.features, 'feature')
         _check_once(self.targets, 'target')
         _check_known(self)

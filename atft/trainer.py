@@ -47,10 +47,16 @@ def target_weights(
     labels:tuple, # the panel's targets, `Target`s
 )->Tensor:        # [H]
     "The phase's weights in the order of the panel's targets"
-    known = phase.horizon_weights
     _refuse_absent(phase, [t.name for t in labels])
-    weights = [known.get(t.name, known.get(f'{t.horizon}d', 1.)) for t in labels]
-    return torch.tensor([float(w) for w in weights])
+    return torch.tensor([float(_weight_of(phase, target)) for target in labels])
+
+def _weight_of(phase, target):
+    "By the target's name, else by its horizon's"
+    known = phase.horizon_weights
+    for name in (target.name, f'{target.horizon}d'):
+        if name in known: return known[name]
+    raise AtftError(f'phase {phase.name!r}: horizon_weights says nothing of target {target.name!r} '
+                    f'(it has {", ".join(known)}); give it a weight, 0 if it shall not be learned')
 
 def _refuse_absent(phase, names):
     "A weight for a target that the panel has not; the usual four are weighed whether it has them or not"
