@@ -217,11 +217,16 @@ def _from_pandas(frame, name, wanted, counts):
     return pl.from_arrow(pa.table(arrays)).lazy()
 
 # %% ../nbs/00s_forms.ipynb #parts_of
+def _is_pandas(kind):
+    "Is it pandas' own table, or one made of it? Asked without loading pandas"
+    homes = [base.__module__.partition('.')[0] for base in kind.__mro__ if base.__name__ == 'DataFrame']
+    return 'pandas' in homes
+
 def _in_memory(source, name, wanted, counts):
     if isinstance(source, pl.LazyFrame): return source
     if isinstance(source, pl.DataFrame): return source.lazy()
     kind = type(source)
-    if kind.__module__.startswith('pandas.') and kind.__name__ == 'DataFrame':
+    if _is_pandas(kind):
         return _from_pandas(source, name, wanted, counts)
     if not hasattr(source, '__arrow_c_stream__') or not hasattr(source, 'schema'):
         raise AtftError(f'{name}: a {kind.__name__} is no table; '

@@ -276,7 +276,8 @@ def take(
     optional:tuple=(),          # which of numbers and keep may be missing
     keys:tuple=('date', 'code'),# what tells rows apart: date, code, and further columns if there
     drop_nameless:bool=False,   # drop and count rows without date or code, instead of refusing
-    drop_twice:bool=True,       # drop and count rows that repeat another whole, instead of refusing
+    drop_twice:bool|None=True,  # drop and count rows that repeat another whole; False: refuse them;
+                                # None: who asks looks for them
     kind:type=pl.Float64,       # of the numbers
 )->Taken:
     "A table of any form, read by rule; what cannot be read is refused in one line"
@@ -295,7 +296,8 @@ def take(
     table, first = _placed(table, parts, looks, asked, counts, drop_nameless)
     if reading.wide is not None:
         table = table.filter(pl.col(reading.wide).is_not_null())
-    table = _once(table, asked, counts, drop_twice)
+    if drop_twice is not None:
+        table = _once(table, asked, counts, drop_twice)
     examples = {'rows without date or code': first} if first else {}
     return Taken(table, [p.file for p in parts if p.file], dict(+counts), examples)
 
