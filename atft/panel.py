@@ -25,6 +25,7 @@ from fastcore.basics import patch
 
 from .causal import check_leaks
 from .core import AtftError, build_once, recipe_key
+from .rules import Reading
 from .shards import (
     FORMAT, conform, damage_of, file_digests, file_state, open_shard, write_manifest, write_shard)
 from .targets import PRICES, PanelSpec, Target, as_target, tiny_table
@@ -76,19 +77,19 @@ def _said(**more):
 
 # %% ../nbs/00b_panel.ipynb #write_panel
 def write_panel(
-    table:pl.DataFrame|pl.LazyFrame, # one row per (date, code); further columns (sector) are kept
+    table,                           # one row per (date, code): polars, pandas, arrow, or a path;
+                                     # further columns (sector) are kept
     folder:str|Path,                 # where the shards go
     spec:PanelSpec,                  # which columns are features and targets
     row_group:int=65_536,            # rows per Parquet row group: the unit of decoding
     source:str='',                   # a line on where the data comes from, for reports
     recipe:dict|None=None,           # of a panel that code made: both halves of its key
+    reading:Reading=Reading(),       # what only the owner of `table` knows of it
     findings:dict|None=None,         # what was counted when the table was made, as JSON has it
 ): # the panel, opened
     "Write `table` as a folder of yearly shards sorted by (date, code), `panel.json` last"
     folder = Path(folder)
-    table = conform(table.lazy().collect(), spec, 'write_panel')
-    if not len(table):
-        raise AtftError(f'write_panel: the table for {folder} has no rows')
+    table = conform(table, spec, 'write_panel', reading)
     findings = _with_leaks(findings, check_leaks(table, spec))
     _make_folder(folder)
     more = _said(recipe=recipe, findings=findings)
@@ -314,9 +315,11 @@ def _cut_before(panel, first):
 
 # %% ../nbs/00b_panel.ipynb #append_shard
 def append_shard(
-    panel:Panel,        # what is there
-    table:pl.DataFrame, # rows of new days; may begin with days that the panel has without labels
-)->Panel:               # the longer panel
+    panel:Panel, # what is there
+    table,       # rows of new days, of any form that `write_panel` takes; may begin with days
+                 # that the panel has without labels
+    reading:Reading=Reading(), # what only the owner of `table` knows of it
+)->Panel:        # the longer panel
     "Write `table` as one more shard; its rows replace the panel's from their first day on"
     with _locked(panel.folder):
         panel = Panel(panel.folder)
@@ -324,7 +327,7 @@ def append_shard(
             raise AtftError(f'append_shard: {panel.root} is read in place; '
                             'put the new shard there and open it again')
         spec = panel.spec
-        table = conform(table, spec, 'append_shard')
+        table = conform(table, spec, 'append_shard', reading)
         _check_longer(panel, table)
         first = table[spec.date].min()
         shards, kept = _cut_before(panel, first)
