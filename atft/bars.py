@@ -9,6 +9,7 @@ __all__ = ['BarsSpec', 'read_bars', 'sessions_of_bars', 'panel_from_ohlcv', 'rea
 
 # %% ../nbs/00c_bars.ipynb #imports
 import hashlib
+import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, fields, replace
 from io import BytesIO
@@ -267,7 +268,8 @@ def _make_panel(source, spec, target, name, recipe):
     findings = bars_findings(taken, found, table, beside)
     line = f'OHLCV bars of {name}, {spec.scale} features'
     panel = write_panel(table, target, asked, source=line, recipe=recipe, findings=findings)
-    print('\n'.join(findings_lines(panel.findings)))
+    # beside the results: what a command prints is its own
+    print('\n'.join(findings_lines(panel.findings)), file=sys.stderr)
     return panel
 
 # %% ../nbs/00c_bars.ipynb #bars_panel
