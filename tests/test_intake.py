@@ -2,10 +2,8 @@
 import datetime
 import gzip
 import tempfile
-from decimal import Decimal
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import polars as pl
 import pyarrow as pa
@@ -142,7 +140,7 @@ def save_stream(table, path):
 SAVED = { # how a file's name ends -> how it is written
     '.parquet': lambda t, path: t.write_parquet(path), '.csv': lambda t, path: t.write_csv(path),
     '.csv.gz': save_csv_gz, '.arrow': lambda t, path: t.write_ipc(path), '.feather': save_stream}
-EASY = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+EASY = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @EASY
@@ -229,3 +227,154 @@ def test_predictions_of_any_form_are_the_plain_ones(plain, how, form):
     made = plain.select(*expressions[:2], 'prediction', 'target', 'horizon', 'sector')
     found = load_predictions(form(made.rename(theirs)), Reading(**told))
     assert found.equals(load_predictions(plain).select(found.columns))
+
+
+# What cannot be read right is refused in one line ---------------------------------------------
+
+PLAIN = pl.DataFrame(dict(
+    date=[DAY, DAY+datetime.timedelta(days=1)]*2, code=['0050', '0050', '7203', '7203'],
+    close=[1., 2., 3., 4.]))
+
+
+def with_column(**columns):
+    "The plain table with a column that says something else"
+    return PLAIN.with_columns(**{c: value if isinstance(value, pl.Expr) else pl.lit(value)
+                                 for c, value in columns.items()})
+
+
+STAMPED = datetime.datetime(2024, 1, 1, 15)
+FRAME = PLAIN.to_pandas()
+TOKYO_NINE = pl.lit(STAMPED).dt.replace_time_zone('UTC')
+MATRIX = FRAME.assign(code=[50, 50, 7203, 7203]).pivot(index='date', columns='code', values='close')
+OFFSETS = [datetime.timezone(datetime.timedelta(hours=hours)) for hours in (-5, -4)]
+REFUSED = { # what a table has: the table, what is told, what the line says
+    'a code of 50.0': (with_column(code=50.), {}, "column 'code' is Float64, found 50.0"),
+    'a code of 50.0 in text': (with_column(code='50.0'), {}, 'a number with decimals'),
+    'codes as numbers': (with_column(code=50), {}, '--codes 4'),
+    'codes too wide': (with_column(code=123456), dict(codes=4), 'at most 4 digits'),
+    'negative codes': (with_column(code=-5), dict(codes=4), 'at most 4 digits'),
+    'codes of two types': (FRAME.assign(code=[50, 50, '7203', '7203']), {}, '2 types, int and str'),
+    'hours': (with_column(date=STAMPED), {}, 'tell whose day it is: zone=Asia/Tokyo'),
+    'hours in UTC': (with_column(date=TOKYO_NINE), {}, 'tell whose day it is'),
+    'naive midnights of Tokyo in UTC': (with_column(date=STAMPED), dict(zone='Asia/Tokyo'), 'give them UTC'),
+    'a zone of yesterday': (with_column(date=TOKYO_NINE.dt.offset_by('9h')),
+                            dict(zone='America/New_York'), 'would make them the day before'),
+    'hours of a zone': (pl.concat([with_column(date=TOKYO_NINE.dt.offset_by(h)) for h in ('0h', '1h')]),
+                        dict(zone='Asia/Tokyo'), 'make daily rows of hours'),
+    'stamps of two zones': (FRAME.assign(date=[STAMPED.replace(tzinfo=OFFSETS[i%2]) for i in range(4)]),
+                            {}, 'stamps of several zones'),
+    'a date and a stamp': (FRAME.assign(date=[DAY, STAMPED]*2), {}, '2 types, date and datetime'),
+    'compact dates': (with_column(date='20240102'), {}, '--dates %Y%m%d'),
+    'American dates': (with_column(date='01/02/2024'), {}, "found '01/02/2024'"),
+    'a day that is none': (with_column(date='2024-02-30'), {}, "found '2024-02-30'"),
+    'dates of another form': (with_column(date='2024-01-02'), dict(dates='%Y%m%d'), 'that was told'),
+    'dates as numbers': (with_column(date=20240102), {}, 'wanted a Date'),
+    'epoch of another unit': (with_column(date=1704153600000), dict(dates='s'), 'is another unit'),
+    'a time of the day': (with_column(date=datetime.time(9)), {}, 'wanted a Date'),
+    'prices with commas': (with_column(close='1,234.50'), {}, "found '1,234.50' (4 rows), wanted a number"),
+    'prices of true': (with_column(close=True), {}, "column 'close' is Boolean"),
+    'prices of days': (with_column(close=DAY), {}, "column 'close' is Date"),
+    'no close': (PLAIN.rename({'close': 'Close'}), {}, '--columns Close=close'),
+    'names of theirs': (PLAIN.rename({'date': 'Date', 'code': 'Symbol'}), {}, 'Symbol=code,Date=date'),
+    'a map to nothing': (PLAIN, dict(columns='px=close'), "columns names 'px', which the table has not"),
+    'a map onto another': (with_column(adj=1.), dict(columns='adj=close'), 'is there too'),
+    'no code': (with_column(code=pl.when(pl.col('close') > 1).then('code')), {},
+                '1 rows have no date or no code, the first is the table row 1'),
+    'an empty code': (with_column(code=' '), {}, '4 rows have no date or no code'),
+    'differing rows': (pl.concat([PLAIN, with_column(close=9.)]), {}, '7203 has more than one row on 2024-01-02'),
+    'no rows': (PLAIN[:0], {}, 'no rows'),
+    'a matrix of numbers': (MATRIX, dict(wide='close'), 'numbers for codes, 50'),
+    'a matrix of another': (PLAIN.pivot('code', index='date', values='close'), dict(wide='open'), 'wide=open is none of'),
+    'two columns of one name': (pd.concat([FRAME, FRAME[['close']]], axis=1), {}, "more than one column 'close'"),
+    'an index beside its column': (FRAME.set_index('code', drop=False).assign(code='A'), {}, 'both named'),
+    'no table': ({'close': [1.]}, {}, 'a dict is no table'),
+    'no file': ('nowhere.parquet', {}, 'does not exist')}
+
+
+def refusal(source, *args, **kwargs):
+    "The one line in which a table is refused"
+    with pytest.raises(AtftError) as caught:
+        take(source, *args, **kwargs)
+    assert '\n' not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize('what', REFUSED)
+def test_what_cannot_be_read_right_is_refused_in_one_line(what):
+    source, told, says = REFUSED[what]
+    assert says in refusal(source, ('close',), Reading(**told))
+
+
+SPOILT = { # what lies among good files: its name, its bytes, what the line says
+    'empty': ('b.parquet', b'', 'is an empty file'),
+    'cut off': ('b.parquet', b'PAR1', 'is cut off or not Parquet'),
+    'no Parquet': ('b.parquet', bytes(100), 'is cut off or not Parquet'),
+    'two kinds': ('b.csv', b'date,code,close\n', 'two kinds of tables, a.parquet and b.csv')}
+SPOILT_TEXT = {
+    'empty': ('b.csv', b'', 'is an empty file'),
+    'a row too long': ('b.csv', b'date,code,close\n2024-01-02,A,1,2\n', 'cannot be read'),
+    'a row cut off': ('b.csv', b'date,code,close\n2024-01-02,A,1\n2024-01-03,00', 'its last row is short'),
+    'a name twice': ('b.csv', b'date,code,close,close\n', "more than one column 'close'"),
+    'not UTF-8': ('b.csv', b'date,code,close\n2024-01-02,\x83,1\n', 'cannot be read'),
+    'another separator': ('b.csv', b'date;code;close\n2024-01-02;A;1\n', "no column 'date' (found date;code;close)"),
+    'cut off and packed': ('b.csv.gz', gzip.compress(b'date,code,close\n2024-01-02,A,1\n'*99)[:-9], 'is cut off or not CSV')}
+
+
+@pytest.mark.parametrize('what', SPOILT)
+def test_a_spoilt_file_is_named(tmp_path, what):
+    name, content, says = SPOILT[what]
+    PLAIN.write_parquet(tmp_path/'a.parquet')
+    (tmp_path/name).write_bytes(content)
+    line = refusal(tmp_path, ('close',))
+    assert says in line and (name in line)
+
+
+@pytest.mark.parametrize('what', SPOILT_TEXT)
+def test_a_spoilt_text_file_is_named(tmp_path, what):
+    name, content, says = SPOILT_TEXT[what]
+    PLAIN.write_csv(tmp_path/'a.csv')
+    (tmp_path/name).write_bytes(content)
+    line = refusal(tmp_path, ('close',))
+    assert says in line and (name in line)
+
+
+def test_a_column_missing_in_one_file_names_the_file(tmp_path):
+    PLAIN[:2].write_parquet(tmp_path/'a.parquet')
+    PLAIN[2:].rename({'close': 'Close'}).write_parquet(tmp_path/'b.parquet')
+    line = refusal(tmp_path, ('close',))
+    assert 'b.parquet' in line and 'Close=close' in line
+
+
+def test_codes_are_no_file_names_where_a_column_looks_like_codes(tmp_path):
+    PLAIN.rename({'code': 'Ticker'}).write_parquet(tmp_path/'2024.parquet')
+    assert 'Ticker=code' in refusal(tmp_path, ('close',))
+
+
+def test_a_further_column_in_one_file_is_no_matter(tmp_path):
+    PLAIN[:2].write_parquet(tmp_path/'a.parquet')
+    PLAIN[2:].with_columns(dividend=0.).write_parquet(tmp_path/'b.parquet')
+    assert take(tmp_path, ('close',)).table.collect().equals(PLAIN)
+    kept = take(tmp_path, ('close',), keep=('dividend',), optional=('dividend',)).table.collect()
+    assert kept['dividend'].to_list() == [None, None, 0., 0.]
+
+
+def test_what_is_dropped_is_counted_and_shown():
+    nameless = with_column(code=pl.when(pl.col('close') > 1).then('code'))
+    taken = take(pl.concat([PLAIN, nameless, PLAIN]), ('close',), drop_nameless=True)
+    assert taken.table.collect().sort('code', 'date').equals(PLAIN)
+    assert taken.counts == {'rows without date or code': 1, 'identical duplicate rows': 7}
+    assert taken.examples == {'rows without date or code': ['the table row 5']}
+
+
+READINGS = st.fixed_dictionaries(dict(
+    columns=st.none() | st.dictionaries(st.sampled_from(['Date', 'px last', 'a=b', 'é']),
+                                        st.just('close'), max_size=1),
+    dates=st.sampled_from([None, '%Y%m%d', 's', 'ns']), zone=st.sampled_from([None, 'Asia/Tokyo', 'UTC']),
+    codes=st.none() | st.integers(1, 9), wide=st.sampled_from([None, 'close'])))
+
+
+@given(READINGS)
+def test_a_reading_is_told_by_texts(fields):
+    reading = Reading(**fields)
+    assert reading.names == (fields['columns'] or {})
+    assert Reading(**fields | dict(columns=reading.columns)) == reading
