@@ -8,7 +8,6 @@ __all__ = ['COLUMNS', 'KEYS', 'FURTHER', 'targets_in', 'load_predictions', 'exam
 # %% ../nbs/04a_predictions.ipynb #imports
 import re
 from numbers import Integral
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
