@@ -86,13 +86,14 @@ def write_panel(
     recipe:dict|None=None,           # of a panel that code made: both halves of its key
     reading:Reading=Reading(),       # what only the owner of `table` knows of it
     findings:dict|None=None,         # what was counted when the table was made, as JSON has it
+    made:dict|None=None,             # the options it was made with, as JSON has them
 ): # the panel, opened
     "Write `table` as a folder of yearly shards sorted by (date, code), `panel.json` last"
     folder = Path(folder)
     table = conform(table, spec, 'write_panel', reading)
     findings = _with_leaks(findings, check_leaks(table, spec))
     _make_folder(folder)
-    more = _said(recipe=recipe, findings=findings)
+    more = _said(recipe=recipe, findings=findings, made=made)
     dates = table[spec.date].unique().sort()
     codes = table[spec.code].unique().sort()
     with _locked(folder):
@@ -154,6 +155,7 @@ class Panel:
         self.note = meta.get('note', '')
         self.recipe = meta.get('recipe', {})  # of a panel that code made: dict(data, code)
         self.findings = meta.get('findings', {})  # what was counted when it was made
+        self.made = meta.get('made', {})  # with which options, of a panel made from bars
         self.root = _root(meta, self.folder)
         self.dates = np.array(meta['dates'], 'datetime64[D]')  # [D] ascending
         self.codes = meta['codes']  # C strings ascending
@@ -319,6 +321,7 @@ def append_shard(
     table,       # rows of new days, of any form that `write_panel` takes; may begin with days
                  # that the panel has without labels
     reading:Reading=Reading(), # what only the owner of `table` knows of it
+    said:dict|None=None,       # what is said of the longer panel: recipe, findings, made
 )->Panel:        # the longer panel
     "Write `table` as one more shard; its rows replace the panel's from their first day on"
     with _locked(panel.folder):
@@ -335,7 +338,7 @@ def append_shard(
         dates = [*kept, *table[spec.date].unique().sort()]
         codes = sorted({*panel.codes, *table[spec.code].unique()})
         # without a recipe: what somebody added is not what code made
-        more = _said(findings=panel.findings)
+        more = _said(findings=panel.findings) if said is None else _said(**said)
         write_manifest(panel.folder, spec, panel.source, shards, dates, codes, **more)
     return Panel(panel.folder)
 

@@ -85,6 +85,7 @@ class Sessions:
     "The days of bars, each told whether it is a session"
     days:pl.DataFrame # date, rows, traded, of: codes that could, code, is_session
     rule:SessionRule
+    by_code:pl.DataFrame # code, first, last
 
     @property
     def dates(self):
@@ -105,7 +106,8 @@ def session_days(
     of = pl.min_horizontal('alive', 'usual').fill_null(pl.col('alive'))
     enough = (pl.col('traded') > 0) & (pl.col('traded') >= rule.share*pl.col('of'))
     days = days.with_columns(of=of.floor().cast(pl.Int64)).with_columns(is_session=enough)
-    return Sessions(days.select('date', 'rows', 'traded', 'of', 'code', 'is_session'), rule)
+    days = days.select('date', 'rows', 'traded', 'of', 'code', 'is_session')
+    return Sessions(days, rule, counted.by_code.select('code', 'first', 'last'))
 
 # %% ../nbs/00m_sessions.ipynb #_weekdays
 WEEKDAYS = ('Monday', 'Tuesday', 'Wednesday', 'Thursday', 'Friday', 'Saturday', 'Sunday')
