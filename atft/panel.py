@@ -23,7 +23,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from fastcore.basics import patch
 
+from .causal import check_leaks
 from .core import AtftError, build_once, recipe_key
+from .rules import Reading
 from .shards import (
     FORMAT, conform, damage_of, file_digests, file_state, open_shard, write_manifest, write_shard)
 from .targets import PRICES, PanelSpec, Target, as_target, tiny_table
@@ -62,22 +64,36 @@ def _remove_files(folder, before, now):
         if shard['file'] not in names:
             (folder/shard['file']).unlink(missing_ok=True)
 
+# %% ../nbs/00b_panel.ipynb #_with_leaks
+def _with_leaks(findings, leaks):
+    "Findings, and the features that were warned of"
+    findings = dict(findings or {})
+    if leaks:
+        findings['leaks'] = leaks
+    return findings
+
+def _said(**more):
+    return {name: said for name, said in more.items() if said}
+
 # %% ../nbs/00b_panel.ipynb #write_panel
 def write_panel(
-    table:pl.DataFrame|pl.LazyFrame, # one row per (date, code); further columns (sector) are kept
+    table,                           # one row per (date, code): polars, pandas, arrow, or a path;
+                                     # further columns (sector) are kept
     folder:str|Path,                 # where the shards go
     spec:PanelSpec,                  # which columns are features and targets
     row_group:int=65_536,            # rows per Parquet row group: the unit of decoding
     source:str='',                   # a line on where the data comes from, for reports
     recipe:dict|None=None,           # of a panel that code made: both halves of its key
+    reading:Reading=Reading(),       # what only the owner of `table` knows of it
+    findings:dict|None=None,         # what was counted when the table was made, as JSON has it
+    made:dict|None=None,             # the options it was made with, as JSON has them
 ): # the panel, opened
     "Write `table` as a folder of yearly shards sorted by (date, code), `panel.json` last"
     folder = Path(folder)
-    table = conform(table.lazy().collect(), spec, 'write_panel')
-    if not len(table):
-        raise AtftError(f'write_panel: the table for {folder} has no rows')
+    table = conform(table, spec, 'write_panel', reading)
+    findings = _with_leaks(findings, check_leaks(table, spec))
     _make_folder(folder)
-    more = dict(recipe=recipe) if recipe else {}
+    more = _said(recipe=recipe, findings=findings, made=made)
     dates = table[spec.date].unique().sort()
     codes = table[spec.code].unique().sort()
     with _locked(folder):
@@ -138,6 +154,8 @@ class Panel:
         self.source = meta['source']
         self.note = meta.get('note', '')
         self.recipe = meta.get('recipe', {})  # of a panel that code made: dict(data, code)
+        self.findings = meta.get('findings', {})  # what was counted when it was made
+        self.made = meta.get('made', {})  # with which options, of a panel made from bars
         self.root = _root(meta, self.folder)
         self.dates = np.array(meta['dates'], 'datetime64[D]')  # [D] ascending
         self.codes = meta['codes']  # C strings ascending
@@ -299,9 +317,12 @@ def _cut_before(panel, first):
 
 # %% ../nbs/00b_panel.ipynb #append_shard
 def append_shard(
-    panel:Panel,        # what is there
-    table:pl.DataFrame, # rows of new days; may begin with days that the panel has without labels
-)->Panel:               # the longer panel
+    panel:Panel, # what is there
+    table,       # rows of new days, of any form that `write_panel` takes; may begin with days
+                 # that the panel has without labels
+    reading:Reading=Reading(), # what only the owner of `table` knows of it
+    said:dict|None=None,       # what is said of the longer panel: recipe, findings, made
+)->Panel:        # the longer panel
     "Write `table` as one more shard; its rows replace the panel's from their first day on"
     with _locked(panel.folder):
         panel = Panel(panel.folder)
@@ -309,7 +330,7 @@ def append_shard(
             raise AtftError(f'append_shard: {panel.root} is read in place; '
                             'put the new shard there and open it again')
         spec = panel.spec
-        table = conform(table, spec, 'append_shard')
+        table = conform(table, spec, 'append_shard', reading)
         _check_longer(panel, table)
         first = table[spec.date].min()
         shards, kept = _cut_before(panel, first)
@@ -317,7 +338,8 @@ def append_shard(
         dates = [*kept, *table[spec.date].unique().sort()]
         codes = sorted({*panel.codes, *table[spec.code].unique()})
         # without a recipe: what somebody added is not what code made
-        write_manifest(panel.folder, spec, panel.source, shards, dates, codes)
+        more = _said(findings=panel.findings) if said is None else _said(**said)
+        write_manifest(panel.folder, spec, panel.source, shards, dates, codes, **more)
     return Panel(panel.folder)
 
 # %% ../nbs/00b_panel.ipynb #panel_recipe

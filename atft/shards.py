@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from .core import AtftError, _sha256, atomic_path, file_digest
+from .intake import Reading, take
 from .targets import PanelSpec
 
 # %% ../nbs/00k_shards.ipynb #read_footer
@@ -118,42 +119,18 @@ def file_digests(
     progress = tqdm(files, desc='files', leave=False, delay=2)
     return {f.name: file_digest(f, memory) for f in progress}
 
-# %% ../nbs/00k_shards.ipynb #_check_columns
-def _check_columns(table, spec, name):
-    missing = [c for c in spec.columns if c not in table.columns]
-    if missing:
-        raise AtftError(f'{name}: column {missing[0]!r} is not in the table '
-                        f'(it has {", ".join(table.columns)})')
-    kind = table.schema[spec.date]
-    if kind != pl.Date:
-        raise AtftError(f'{name}: {spec.date} is {kind}, not Date: a time stamp can fall on '
-                        "another day elsewhere; decide the exchange's day, then "
-                        f'pl.col({spec.date!r}).dt.date()')
-
-# %% ../nbs/00k_shards.ipynb #_check_rows
-def _check_rows(table, spec, name):
-    nameless = table.filter(pl.any_horizontal(pl.col(spec.date, spec.code).is_null()))
-    if len(nameless):
-        raise AtftError(f'{name}: {len(nameless)} rows have no {spec.date} or no {spec.code}; '
-                        'drop them')
-    twice = table.filter(pl.struct(spec.date, spec.code).is_duplicated())
-    if len(twice):
-        raise AtftError(f'{name}: {twice[0, 1]} has more than one row on {twice[0, 0]}; '
-                        'keep one row per (date, code)')
-
 # %% ../nbs/00k_shards.ipynb #conform
 def conform(
-    table:pl.DataFrame, # one row per (date, code)
+    table,              # one row per (date, code): polars, pandas, arrow, or the path of a table
     spec:PanelSpec,
     name:str,           # who asks, as a refusal will begin
+    reading:Reading=Reading(),
 )->pl.DataFrame:        # sorted by (date, code); further columns are kept
     "The table with its columns in order and typed, or one clear line"
-    _check_columns(table, spec, name)
-    numbers = [pl.col(c).cast(pl.Float32) for c in spec.floats]
-    extra = [c for c in table.columns if c not in spec.columns]
-    table = table.select(spec.date, spec.code, *numbers, *extra).sort(spec.date, spec.code)
-    _check_rows(table, spec, name)
-    return table
+    keys = (spec.date, spec.code)
+    taken = take(table, spec.floats, reading, name, 'all', keys=keys, drop_twice=False,
+                 kind=pl.Float32)
+    return taken.table.collect().sort(*keys)
 
 # %% ../nbs/00k_shards.ipynb #write_shard
 def write_shard(
@@ -187,7 +164,7 @@ def write_manifest(
     shards:list, # from `write_shard`
     dates,       # D days, ascending
     codes,       # C strings, ascending
-    **more,      # what else is said of the panel: root, note, recipe
+    **more,      # what else is said of the panel: root, note, recipe, findings
 ):
     "`panel.json`, written last: only now is the set visible"
     content = ''.join(s['sha256']+s['last'] for s in shards)

@@ -218,7 +218,7 @@ def project(tmp_path):
 
 def change_the_formula(root):
     "In the notebook, as in JupyterLab"
-    path = root/'nbs/00c_bars.ipynb'
+    path = root/'nbs/00p_features.ipynb'
     notebook = json.loads(path.read_text())
     changed = 0
     for cell in notebook['cells']:
@@ -253,7 +253,7 @@ def test_a_formula_changed_in_a_notebook_is_exported_or_nothing_trains(bars, pro
     refused = typed_in(project, *command)
     last = refused.stderr.strip().splitlines()[-1]
     assert refused.returncode == 1 and 'Traceback' not in refused.stderr
-    assert last.startswith('AtftError: nbs/00c_bars.ipynb differs from the exported package')
+    assert last.startswith('AtftError: nbs/00p_features.ipynb differs from the exported package')
     assert last.endswith('run nbdev_export first')
     assert not run.exists() and not (project/'runs/cache').exists()
 
