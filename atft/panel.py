@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from fastcore.basics import patch
 
+from .causal import check_leaks
 from .core import AtftError, build_once, recipe_key
 from .shards import (
     FORMAT, conform, damage_of, file_digests, file_state, open_shard, write_manifest, write_shard)
@@ -62,6 +63,17 @@ def _remove_files(folder, before, now):
         if shard['file'] not in names:
             (folder/shard['file']).unlink(missing_ok=True)
 
+# %% ../nbs/00b_panel.ipynb #_with_leaks
+def _with_leaks(findings, leaks):
+    "Findings, and the features that were warned of"
+    findings = dict(findings or {})
+    if leaks:
+        findings['leaks'] = leaks
+    return findings
+
+def _said(**more):
+    return {name: said for name, said in more.items() if said}
+
 # %% ../nbs/00b_panel.ipynb #write_panel
 def write_panel(
     table:pl.DataFrame|pl.LazyFrame, # one row per (date, code); further columns (sector) are kept
@@ -70,14 +82,16 @@ def write_panel(
     row_group:int=65_536,            # rows per Parquet row group: the unit of decoding
     source:str='',                   # a line on where the data comes from, for reports
     recipe:dict|None=None,           # of a panel that code made: both halves of its key
+    findings:dict|None=None,         # what was counted when the table was made, as JSON has it
 ): # the panel, opened
     "Write `table` as a folder of yearly shards sorted by (date, code), `panel.json` last"
     folder = Path(folder)
     table = conform(table.lazy().collect(), spec, 'write_panel')
     if not len(table):
         raise AtftError(f'write_panel: the table for {folder} has no rows')
+    findings = _with_leaks(findings, check_leaks(table, spec))
     _make_folder(folder)
-    more = dict(recipe=recipe) if recipe else {}
+    more = _said(recipe=recipe, findings=findings)
     dates = table[spec.date].unique().sort()
     codes = table[spec.code].unique().sort()
     with _locked(folder):
@@ -138,6 +152,7 @@ class Panel:
         self.source = meta['source']
         self.note = meta.get('note', '')
         self.recipe = meta.get('recipe', {})  # of a panel that code made: dict(data, code)
+        self.findings = meta.get('findings', {})  # what was counted when it was made
         self.root = _root(meta, self.folder)
         self.dates = np.array(meta['dates'], 'datetime64[D]')  # [D] ascending
         self.codes = meta['codes']  # C strings ascending
@@ -317,7 +332,8 @@ def append_shard(
         dates = [*kept, *table[spec.date].unique().sort()]
         codes = sorted({*panel.codes, *table[spec.code].unique()})
         # without a recipe: what somebody added is not what code made
-        write_manifest(panel.folder, spec, panel.source, shards, dates, codes)
+        more = _said(findings=panel.findings)
+        write_manifest(panel.folder, spec, panel.source, shards, dates, codes, **more)
     return Panel(panel.folder)
 
 # %% ../nbs/00b_panel.ipynb #panel_recipe

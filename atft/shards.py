@@ -187,7 +187,7 @@ def write_manifest(
     shards:list, # from `write_shard`
     dates,       # D days, ascending
     codes,       # C strings, ascending
-    **more,      # what else is said of the panel: root, note, recipe
+    **more,      # what else is said of the panel: root, note, recipe, findings
 ):
     "`panel.json`, written last: only now is the set visible"
     content = ''.join(s['sha256']+s['last'] for s in shards)
