@@ -256,15 +256,17 @@ def _differences(a, b, names):
     return rows
 
 # %% ../nbs/04b_judge.ipynb #compare
-_LETTERS = 'abcdefghijklmnopqrstuvwxyz'
+_LETTERS = tuple('abcdefgh')
 
 def _names_for(tables, names):
-    "A name for each table: a, b, c where none are given"
-    if names is None:
-        return [_LETTERS[i] if i < len(_LETTERS) else f't{i+1}' for i in range(len(tables))]
+    "A name for each table: a, b, c where none are given, for as many as one keeps apart"
+    if names is None and len(tables) > len(_LETTERS):
+        raise AtftError(f'compare: {len(tables)} tables without names; give each one (names=...), '
+                        f'letters are for {len(_LETTERS)} at most')
+    if names is None: return _LETTERS[:len(tables)]
     if len(names) != len(tables):
         raise AtftError(f'compare: {len(tables)} tables with {len(names)} names; give each one')
-    return list(names)
+    return tuple(names)
 
 def compare(
     *predictions,         # two or more tables; each is compared with the one before it

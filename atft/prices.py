@@ -14,7 +14,7 @@ import polars as pl
 from .core import AtftError
 from .intake import Taken, take
 from .predictions import dense, targets_in
-from .sessions import sessions_per_year
+from .sessions import SessionRule, sessions_per_year
 
 # %% ../nbs/04h_prices.ipynb #Market
 class Market(NamedTuple):
@@ -64,38 +64,27 @@ def _needed(trading):
     needed = ['close']
     if trading.entry == 'next_open': needed.append('open')
     if trading.impact: needed.append('dollar_volume')
-    return needed
+    return tuple(needed)
 
 def _read_prices(prices, trading):
-    "date, code and the needed columns, or one line for what is missing"
+    "date, code and the needed columns, or one line for what is missing; what was counted"
     needed = _needed(trading)
     if not isinstance(prices, Taken):
-        prices = take(prices, (), name='backtest: prices', optional=tuple(needed))
+        prices = take(prices, needed, name='backtest: prices', optional=needed)
     there = prices.table.collect_schema().names()
     for column in needed:
         if column not in there:
-            raise AtftError(f'backtest: prices have no column {column!r} (they have '
-                            f'{", ".join(there)}), which entry={trading.entry!r}, '
+            raise AtftError(f'backtest: prices have no column {column!r} (of those asked for '
+                            f'they have {", ".join(there)}), which entry={trading.entry!r}, '
                             f'impact={trading.impact} needs')
-    return prices.table.select('date', 'code', *needed).collect()
+    rows = prices.table.select('date', 'code', *needed).collect()
+    return rows, prices.counts
 
-# %% ../nbs/04h_prices.ipynb #_one_price
 def _first_few(names, most=3):
     "Some of many, and how many more there are"
     shown = ', '.join(map(str, names[:most]))
     more = len(names)-most
     return shown if more <= 0 else f'{shown} and {more:,} more'
-
-def _one_price(rows):
-    "One row a day and code, and how many identical ones were dropped"
-    if rows.select('date', 'code').n_unique() == len(rows): return rows, 0
-    once = rows.unique(maintain_order=True)
-    twice = once.filter(pl.struct('date', 'code').is_duplicated())
-    if not len(twice): return once, len(rows)-len(once)
-    keys = twice.select('code', 'date').unique().sort('date', 'code')
-    shown = _first_few([f'{code} on {day}' for code, day in keys.rows()], 10)
-    raise AtftError(f'backtest: prices contradict each other for {shown}; keep one row a day and '
-                    'code')
 
 # %% ../nbs/04h_prices.ipynb #_codes_without
 def _codes_without(rows, codes, dates):
@@ -112,7 +101,7 @@ def _codes_without(rows, codes, dates):
                     f'{_first_few(there)}, the predictions {_first_few(codes)}; spell them alike')
 
 # %% ../nbs/04h_prices.ipynb #_calendar
-_FEW = .1  # of the usual number of prices a day: fewer make no session
+_FEW = SessionRule().share # of the usual number of prices a day: fewer make no session
 
 def _calendar(dates, rows, codes):
     "The days of the prices from the first prediction on, and those that are no sessions"
@@ -180,13 +169,16 @@ def _depth(rows, calendar, codes, trading):
     return trading.impact*np.sqrt(share[len(before):])
 
 # %% ../nbs/04h_prices.ipynb #_said_prices
-def _said_prices(rows, without, stray, dropped):
+_COUNTED = ('identical duplicate rows', 'rows without date or code')
+
+def _said_prices(rows, without, stray, counts):
     "What a reader must know of the prices, in sentences"
     said = []
     if without:
         said.append(f'{len(without):,} codes of the predictions have no price and are never traded '
                     f'({_first_few(without)})')
-    if dropped: said.append(f'{dropped:,} price rows were there twice and count once')
+    for what in _COUNTED:
+        if counts.get(what): said.append(f'prices: {counts[what]:,} {what} left out')
     if stray:
         said.append(f'{len(stray):,} days with fewer than {_FEW:.0%} of the usual prices are no '
                     f'sessions ({_first_few(stray)})')
@@ -215,7 +207,7 @@ def _returns(price):
 
 def _from_prices(chosen, prices, trading):
     "A market whose returns are those of the prices"
-    rows, dropped = _one_price(_read_prices(prices, trading))
+    rows, counts = _read_prices(prices, trading)
     without = _codes_without(rows, chosen.codes, chosen.dates)
     calendar, stray = _calendar(chosen.dates, rows, chosen.codes)
     rows = rows.filter(pl.col('code').is_in(chosen.codes))
@@ -226,7 +218,7 @@ def _from_prices(chosen, prices, trading):
     depth = None
     if trading.impact:
         depth = _depth(rows, calendar, chosen.codes, trading)[steps-lag]
-    notes = _said_prices(rows, without, stray, dropped)
+    notes = _said_prices(rows, without, stray, counts)
     year = trading.sessions_a_year or sessions_per_year(calendar)
     known = np.ones((len(steps), len(chosen.codes)), bool)
     return Market([calendar[day] for day in steps-lag], chosen.codes, decided,
