@@ -62,11 +62,31 @@ def first_line(
     "What an error of a library says first"
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
-# %% ../nbs/00s_forms.ipynb #_open
+# %% ../nbs/00s_forms.ipynb #_checked_csv
 def _twice_named(names):
-    "A name that a CSV file has more than once, as polars shows it"
-    return [c for c in names if '_duplicated_' in c and c.rpartition('_duplicated_')[0] in names]
+    "A name that a CSV file has more than once"
+    bare = [c.strip() for c in names]
+    of_polars = [c.rpartition('_duplicated_')[0] for c in bare if '_duplicated_' in c]
+    return [c for c in bare if bare.count(c) > 1] + [c for c in of_polars if c in bare]
 
+def _is_cut(path, columns):
+    "Does a CSV file end within a row?"
+    with open(path, 'rb') as f:
+        f.seek(max(0, path.stat().st_size-65_536))
+        tail = f.read()
+    if path.name.lower().endswith('.gz') or tail.endswith((b'\n', b'\r')): return False
+    return tail.splitlines()[-1].count(b',') < columns-1
+
+def _checked_csv(table, path, names, name):
+    "A CSV file under its names without blanks, if every column has one of its own"
+    twice = _twice_named(names)
+    if twice:
+        raise AtftError(f'{name}: {path} has more than one column {twice[0]!r}; rename one')
+    if _is_cut(path, len(names)):
+        raise AtftError(f'{name}: {path} is cut off: its last row is short; write it again')
+    return table.rename({c: c.strip() for c in names if c != c.strip()})
+
+# %% ../nbs/00s_forms.ipynb #_open
 def _open(path, kind, name):
     "The file as a lazy table, or one line that says what is wrong with it"
     try:
@@ -77,11 +97,7 @@ def _open(path, kind, name):
     except FAILURES as e:
         raise AtftError(f'{name}: {path} is cut off or not {kind} ({first_line(e)}); '
                         'write it again') from None
-    twice = _twice_named(names) if kind == 'CSV' else []
-    if twice:
-        column = twice[0].rpartition('_duplicated_')[0]
-        raise AtftError(f'{name}: {path} has more than one column {column!r}; rename one')
-    return table
+    return _checked_csv(table, path, names, name) if kind == 'CSV' else table
 
 # %% ../nbs/00s_forms.ipynb #_files_below
 def _walk(folder):
@@ -107,7 +123,7 @@ def _files_below(folder, name, counts):
             found[file] = _kind_of(file)
     first = {kind: file for file, kind in reversed(found.items())}
     if len(first) > 1:
-        one, other = list(first.values())[:2]
+        one, other = sorted(first.values())[:2]
         raise AtftError(f'{name}: {folder} holds two kinds of tables, {one.name} and {other.name}; '
                         'give each kind a folder of its own')
     if not found:
@@ -141,7 +157,7 @@ def _from_path(path, name, counts):
         files = _files_below(path, name, counts)
         return [_part_of(f, kind, _folders_of(f, path), name) for f, kind in files.items()]
     if not path.exists():
-        raise AtftError(f'{name}: {path} do not exist; check the path')
+        raise AtftError(f'{name}: {path} does not exist; check the path')
     return [_part_of(path, _kind_of(path) or _kind_inside(path, name), {}, name)]
 
 # %% ../nbs/00s_forms.ipynb #_stacked
@@ -217,11 +233,16 @@ def _from_pandas(frame, name, wanted, counts):
     return pl.from_arrow(pa.table(arrays)).lazy()
 
 # %% ../nbs/00s_forms.ipynb #parts_of
+def _is_pandas(kind):
+    "Is it pandas' own table, or one made of it? Asked without loading pandas"
+    homes = [base.__module__.partition('.')[0] for base in kind.__mro__ if base.__name__ == 'DataFrame']
+    return 'pandas' in homes
+
 def _in_memory(source, name, wanted, counts):
     if isinstance(source, pl.LazyFrame): return source
     if isinstance(source, pl.DataFrame): return source.lazy()
     kind = type(source)
-    if kind.__module__.startswith('pandas.') and kind.__name__ == 'DataFrame':
+    if _is_pandas(kind):
         return _from_pandas(source, name, wanted, counts)
     if not hasattr(source, '__arrow_c_stream__') or not hasattr(source, 'schema'):
         raise AtftError(f'{name}: a {kind.__name__} is no table; '

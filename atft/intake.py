@@ -7,9 +7,11 @@ __all__ = ['LIKE', 'BAR', 'Taken', 'take', 'Reading']
 
 # %% ../nbs/00l_intake.ipynb #imports
 from collections import Counter
+from numbers import Number
 from typing import NamedTuple
 
 import polars as pl
+from polars import selectors
 
 from .core import AtftError
 from .forms import FAILURES, first_line, parts_of, stem_of
@@ -46,6 +48,11 @@ def _like(name, wanted):
     plain = name.lower().strip().replace(' ', '_')
     return plain in LIKE.get(wanted, [wanted.lower()])
 
+def _some(names, most=30):
+    "Names in one line, not all of thousands"
+    shown = ', '.join(name if name.isprintable() else repr(name) for name in names[:most])
+    return shown if len(names) <= most else f'{shown} and {len(names)-most:,} more'
+
 def _no_column(part, have, asked):
     "The refusal of a part that lacks columns: what was found, and what to tell"
     missing = asked.missing(have)
@@ -53,7 +60,7 @@ def _no_column(part, have, asked):
     told = dict(reversed(pairs)) or {'theirs': missing[0]}
     flag = ','.join(f'{theirs}={ours}' for theirs, ours in told.items())
     return AtftError(f'{asked.name}: {part.where}: no column {missing[0]!r} '
-                     f'(found {", ".join(have)}); tell which it is: columns={told} (--columns {flag})')
+                     f'(found {_some(have)}); tell which it is: columns={told} (--columns {flag})')
 
 # %% ../nbs/00l_intake.ipynb #_named
 def _told_names(have, part, asked):
@@ -105,6 +112,15 @@ def _long(part, asked):
     lacking = [pl.lit(None, asked.kind).alias(c) for c in asked.numbers if c != wide]
     return part._replace(table=long.with_columns(lacking))
 
+# %% ../nbs/00l_intake.ipynb #_refuse_number_labels
+def _refuse_number_labels(source, asked):
+    "Columns that pandas names by numbers are codes only if their width is told"
+    if asked.reading.wide is None or asked.reading.codes is not None: return
+    numbers = [c for c in getattr(source, 'columns', ()) if isinstance(c, Number)]
+    if numbers:
+        raise AtftError(f'{asked.name}: the matrix has numbers for codes, {numbers[0]}; tell how wide '
+                        'they are: codes=4 makes 0050 of 50 (--codes 4)')
+
 # %% ../nbs/00l_intake.ipynb #_shaped
 def _shaped(parts, asked, counts):
     "The parts with our names, every one with the columns that are wanted"
@@ -112,7 +128,7 @@ def _shaped(parts, asked, counts):
     for theirs in asked.reading.names:
         if theirs not in found:
             raise AtftError(f'{asked.name}: columns names {theirs!r}, which {parts[0].where} has not '
-                            f'(found {", ".join(dict.fromkeys(found))}); mend the name (--columns)')
+                            f'(found {_some(list(dict.fromkeys(found)))}); mend the name (--columns)')
     parts = [_named(part, asked) for part in parts]
     if asked.reading.wide is not None:
         if asked.reading.wide not in asked.numbers:
@@ -126,6 +142,10 @@ def _shaped(parts, asked, counts):
     return parts
 
 # %% ../nbs/00l_intake.ipynb #_rules_of
+def _as_it_is(column):
+    "A column by its name, which polars would take for a pattern if it looks like one"
+    return selectors.by_name(column).as_expr()
+
 def _rules_of(part, asked):
     "{column: rule} of a part"
     schema = part.table.collect_schema()
@@ -133,11 +153,11 @@ def _rules_of(part, asked):
     rules = {date: date_rule(date, schema[date], asked.reading)}
     rules[code] = code_rule(code, schema[code], asked.reading)
     for c in further:
-        if c in schema: rules[c] = Rule(pl.col(c))
+        if c in schema: rules[c] = Rule(_as_it_is(c))
     for c in asked.numbers:
         if c in schema: rules[c] = number_rule(c, schema[c], asked.kind, part.is_text)
     others = schema.names() if asked.keep == 'all' else asked.keep
-    return rules | {c: Rule(pl.col(c)) for c in others if c in schema and c not in rules}
+    return rules | {c: Rule(_as_it_is(c)) for c in others if c in schema and c not in rules}
 
 def _nameless(rules, asked):
     date, code = asked.keys[:2]
@@ -181,8 +201,10 @@ def _refuse(part, rules, answers, asked):
         for i, (_, wanted) in enumerate(rule.refused):
             rows = answers[f'refused {i} {c}']
             if rows:
+                example = answers[f'example {i} {c}']
+                found = repr(example) if isinstance(example, str) else str(example)
                 raise AtftError(f'{asked.name}: {part.where}: column {c!r} is {schema[c]}, found '
-                                f'{answers[f"example {i} {c}"]!r} ({rows:,} rows), wanted {wanted}')
+                                f'{found} ({rows:,} rows), wanted {wanted}')
 
 def _count(rules, answers, counts):
     "What the rules did"
@@ -207,8 +229,10 @@ def _once(table, asked, counts, drop_twice):
         shown = [f'{code} has more than one row on {day}'+''.join(f' for {m}' for m in more)
                  for day, code, *more in first[:10].rows()]
         others = f' and {len(first)-10:,} more' if len(first) > 10 else ''
+        hours = ' (a day is one row a code: make daily rows of hours)'
+        if not any('stamps taken' in what for what in counts): hours = ''
         raise AtftError(f'{asked.name}: {", ".join(shown)}{others}; keep one row per '
-                        f'({", ".join(keys)})')
+                        f'({", ".join(keys)}){hours}')
     counts['identical duplicate rows'] += len(again)-len(again.unique())
     rest = table.join(twice.lazy(), on=keys, how='anti', nulls_equal=True)
     return pl.concat([rest, again.unique(maintain_order=True).lazy()])
@@ -239,7 +263,7 @@ def _joined(parts, rules, asked):
     types = {c: _one_type(c, kinds[c], parts, asked) for c in columns}
     ready = []
     for table, schema in zip(made, schemas):
-        have = {c: pl.col(c) if c in schema else pl.lit(None).alias(c) for c in columns}
+        have = {c: _as_it_is(c) if c in schema else pl.lit(None).alias(c) for c in columns}
         ready.append(table.select([e if types[c] is None else e.cast(types[c]) for c, e in have.items()]))
     return pl.concat(ready)
 
@@ -276,11 +300,13 @@ def take(
     optional:tuple=(),          # which of numbers and keep may be missing
     keys:tuple=('date', 'code'),# what tells rows apart: date, code, and further columns if there
     drop_nameless:bool=False,   # drop and count rows without date or code, instead of refusing
-    drop_twice:bool=True,       # drop and count rows that repeat another whole, instead of refusing
+    drop_twice:bool|None=True,  # drop and count rows that repeat another whole; False: refuse them;
+                                # None: who asks looks for them
     kind:type=pl.Float64,       # of the numbers
 )->Taken:
     "A table of any form, read by rule; what cannot be read is refused in one line"
     asked = _Asked(name, reading, tuple(keys), tuple(numbers), keep, (*optional, *keys[2:]), kind)
+    _refuse_number_labels(source, asked)
     counts = Counter()
     parts = parts_of(source, name, counts, _needed(asked))
     parts = _shaped(parts, asked, counts)
@@ -295,7 +321,8 @@ def take(
     table, first = _placed(table, parts, looks, asked, counts, drop_nameless)
     if reading.wide is not None:
         table = table.filter(pl.col(reading.wide).is_not_null())
-    table = _once(table, asked, counts, drop_twice)
+    if drop_twice is not None:
+        table = _once(table, asked, counts, drop_twice)
     examples = {'rows without date or code': first} if first else {}
     return Taken(table, [p.file for p in parts if p.file], dict(+counts), examples)
 

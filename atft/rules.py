@@ -123,9 +123,10 @@ def _day_of_stamp(stamp, carried, told):
     midnight = _is_midnight(stamp)
     if told is None:
         needs_midnight = carried is None or carried in UTC
-        whose = 'midnight' if needs_midnight else carried
         refused = ((~midnight, A_DAY),) if needs_midnight else ()
-        return Rule(day, refused, ((f'stamps taken as days of {whose}', day.is_not_null()),))
+        what = 'stamps at midnight taken as days'
+        if not needs_midnight: what = f'stamps taken as days of {carried}'
+        return Rule(day, refused, ((what, day.is_not_null()),))
     done = ((f'stamps taken as days of {told}', day.is_not_null()),)
     if carried is None:
         is_utc = _is_midnight(stamp.dt.replace_time_zone('UTC').dt.convert_time_zone(told)).all()
@@ -187,8 +188,8 @@ def _day_of_told(text, reading):
 TEXTS = (pl.String, pl.Categorical, pl.Enum)
 
 def _text(column):
-    "As text; an empty one is none"
-    text = pl.col(column).cast(pl.String)
+    "As text without blanks around; an empty one is none"
+    text = pl.col(column).cast(pl.String).str.strip_chars()
     return pl.when(text != '').then(text)
 
 def date_rule(column, kind, reading):
@@ -211,14 +212,12 @@ def code_rule(column, kind, reading):
     if kind == pl.Null: return Rule(pl.col(column).cast(pl.String))
     if kind not in TEXTS and not kind.is_integer():
         return _all_refused(column, 'codes as text; write them so where they are made')
-    text = _text(column)
-    value = text.str.strip_chars()
-    value = pl.when(value != '').then(value)
-    done = (('codes with blanks around, stripped', text != value),)
+    value = _text(column)
+    done = (('codes with blanks around, stripped', pl.col(column).cast(pl.String) != value),)
     refused = ((value.str.contains(r'^\d+\.0+$'), 'codes as text: this was a number with decimals'),)
     if kind.is_integer() and width is None:
         wanted = 'codes as text, or how wide they are: codes=4 makes 0050 of 50 (--codes 4)'
-        return Rule(value, ((text.is_not_null(), wanted),))
+        return Rule(value, ((value.is_not_null(), wanted),))
     if width is None: return Rule(value, refused, done)
     digits = value.str.contains(r'^-?\d+$')
     wrong = digits & ((value.str.len_chars() > width) | value.str.starts_with('-'))
