@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from .intervals import mean_interval
-from .judge import plot_decay, plot_deciles
+from .judge import plain, plot_decay, plot_deciles
 from .results import Frames, RunResult, named, one_target, target_names
 from .sentences import effect, label
 
@@ -24,15 +24,17 @@ def _plot_cumulative(ax, result, frames):
         if name in result.baselines and name not in _SHOWN: continue
         style = dict(lw=1.8 if name == result.last else 1)
         style['ls'] = '-' if name in result.phases else '--'
-        ax.plot(ic['date'], ic['rank_ic'].fill_null(0).cum_sum(), label=name, **style)
+        known = ic.drop_nulls('rank_ic')
+        ax.plot(known['date'], known['rank_ic'].cum_sum(), label=plain(name), **style)
     last = ics[result.last]
     band = mean_interval(last['rank_ic'].to_numpy(), last['horizon'][0])
     days = np.arange(1, len(last)+1)
     if band['low'] == band['low']:
         ends = (band['low']*days, band['high']*days)
         ax.fill_between(last['date'], *ends, alpha=.15, color='.4', lw=0)
-    spoken = label(frames.spoken)
-    ax.set(title=f'cumulative rank IC, {spoken}; band: phase {result.last}, mean with its interval')
+    spoken = plain(label(frames.spoken))
+    name = plain(result.last)
+    ax.set(title=f'cumulative rank IC, {spoken}; band: phase {name}, mean with its interval')
     ax.tick_params(axis='x', rotation=20)
     ax.legend(frameon=False, fontsize=7)
 
@@ -40,7 +42,8 @@ def _plot_cumulative(ax, result, frames):
 def _plot_years(ax, years):
     "Rank IC of each year as a bar with its interval"
     for place, row in enumerate(years.iter_rows(named=True)):
-        ax.bar(place, row['rank_ic'] or 0, color='tab:blue', alpha=.7)
+        if row['rank_ic'] is None: continue
+        ax.bar(place, row['rank_ic'], color='tab:blue', alpha=.7)
         if row['low'] is not None:
             ax.plot([place, place], [row['low'], row['high']], color='k', lw=1)
     ax.axhline(0, color='k', lw=.8)
@@ -55,7 +58,7 @@ def _plot_rank_ic(result, frames):
     _plot_cumulative(axes[0], result, frames)
     daily = one_target(frames.ics[result.last], frames.spoken)['rank_ic']
     axes[1].hist(daily.drop_nulls(), bins=30, color='tab:blue', alpha=.7)
-    axes[1].axvline(daily.mean() or 0, color='k', lw=1)
+    if daily.mean() is not None: axes[1].axvline(daily.mean(), color='k', lw=1)
     axes[1].set(title='days by rank IC')
     _plot_years(axes[2], one_target(frames.groups['year'], frames.spoken))
     return fig
@@ -67,7 +70,9 @@ def _plot_accounts(ax, below, by_cost):
         ax.plot(daily['date'], daily['value'], label=f'{bps:g} bp')
         highest = np.maximum.accumulate(np.append(1., daily['value']))[1:]
         below.plot(daily['date'], daily['value']/highest-1, lw=1)
-    if max(daily['value'].max() for daily in by_cost.values()) > 3: ax.set_yscale('log')
+    highest = max(daily['value'].max() for daily in by_cost.values())
+    lowest = min(daily['value'].min() for daily in by_cost.values())
+    if highest > 3 and lowest > 0: ax.set_yscale('log')  # a lost account has no logarithm
     ax.legend(frameon=False, fontsize=8)
     below.set(title='drawdown')
     for one in (ax, below): one.tick_params(axis='x', rotation=20)
@@ -108,8 +113,9 @@ def _plot_steps(pairs):
         for row in one_target(pairs, target).iter_rows(named=True):
             _plot_step(ax, row, names.index((row['b'], row['a'])))
         ax.axvline(0, color='k', lw=.8)
-        ax.set(title=label(target), xlabel='difference of rank IC')
-    axes[0, 0].set_yticks(range(len(names)), [f'{b} against {a}' for b, a in names], fontsize=8)
+        ax.set(title=plain(label(target)), xlabel='difference of rank IC')
+    shown = [f'{plain(b)} against {plain(a)}' for b, a in names]
+    axes[0, 0].set_yticks(range(len(names)), shown, fontsize=8)
     axes[0, 0].invert_yaxis()
     return fig
 
@@ -122,7 +128,7 @@ def _plot_reach(decayed, evaluation):
     for row in named(evaluation).iter_rows(named=True):
         below = [row['below_q10'], row['below_q50'], row['below_q90']]
         if below[0] is None: continue
-        axes[1].plot([.1, .5, .9], below, 'o-', label=label(row['target_name']))
+        axes[1].plot([.1, .5, .9], below, 'o-', label=plain(label(row['target_name'])))
         axes[1].legend(frameon=False, fontsize=8)
     axes[1].plot([0, 1], [0, 1], color='k', lw=.8)
     axes[1].set(title='calibration of the quantiles', xlabel='quantile',

@@ -13,6 +13,7 @@ import subprocess
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from urllib.parse import quote
 
 from .core import atomic_path
 from .project import project_root
@@ -65,7 +66,8 @@ def provenance_table(
     "The facts as a small markdown table"
     lines = ['| run | |', '|---|---|']
     for name, value in facts.items():
-        shown = f'`{value}`' if name == 'command' else value
+        one_line = ' '.join(str(value).split('\n')).replace('|', r'\|')
+        shown = f'`{one_line}`' if name == 'command' else one_line
         lines.append(f'| {name} | {shown} |')
     return '\n'.join(lines)
 
@@ -89,7 +91,7 @@ def save_figure(
     with atomic_path(path) as temp:
         fig.savefig(temp, format='png', dpi=90, bbox_inches='tight', metadata=without_version)
     plt.close(fig)
-    return f'![{name.replace("_", " ")}]({path.name})'
+    return f'![{name.replace("_", " ")}]({quote(path.name)})'
 
 # %% ../nbs/00f_reports.ipynb #write_text
 def write_text(
@@ -116,7 +118,8 @@ def table(
     head:list[str],        # column names
     rows:list[list],       # cells, formatted by the caller
 )->str:
-    "A markdown table"
+    "A markdown table; a | or a line break in a cell does not end it"
+    def one_line(cell): return ' '.join(str(cell).split('\n')).replace('|', r'\|')
     def line(cells):
-        return '| ' + ' | '.join(str(c) for c in cells) + ' |'
+        return '| ' + ' | '.join(one_line(c) for c in cells) + ' |'
     return '\n'.join([line(head), line(['---']*len(head)), *map(line, rows)])

@@ -18,15 +18,17 @@ import polars as pl
 from tqdm import tqdm
 
 from .backtest import (
-    Trading, backtest, equal_weight, metric, performance, random_portfolios)
+    Trading, equal_weight, metric, notes_on, performance, random_portfolios, traded)
 from .baselines import cached_baselines
 from .core import AtftError, write_json
 from .intervals import deflated_sharpe, overfit_probability, superior_ability
-from .judge import compare, decay, decile_returns, evaluate, evaluate_by, with_holm
+from .judge import (
+    compare, decay, decile_returns, evaluate, evaluate_by, is_grouping, with_holm)
 from .ledger import Ledger
 from .panel import Panel
 from .predictions import daily_ic, load_predictions
 from .runs import CONFIG_VERSION, RunFolder
+from .sessions import sessions_per_year
 
 # %% ../nbs/04e_results.ipynb #named
 def named(
@@ -113,6 +115,8 @@ class RunResult(NamedTuple):
     trials:int     # phases and searches that were trained in these folders
     looks:int      # different sets of test predictions that were opened
     pictures:list  # of attribution, paths
+    sessions_a_year:int=252 # of the panel's calendar; of folds: of the last
+    findings:tuple=()       # what was counted when each panel was made, a dict each
 
     @property
     def last(self): return list(self.phases)[-1]
@@ -124,12 +128,21 @@ class RunResult(NamedTuple):
     def rivals(self): return [n for n in self.baselines if n not in ('oracle', 'random')]
 
 # %% ../nbs/04e_results.ipynb #_with_groups
+def _breakdowns(panel):
+    "The columns of a panel, beside its features, that tell where a signal lives"
+    names = panel.scan().collect_schema().names()
+    own = {*panel.spec.features, *panel.spec.targets}
+    groups = [c for c in names if is_grouping(c) and c not in own]
+    return groups+['dollar_volume']*('dollar_volume' in names)
+
 def _with_groups(predictions, panel):
-    "The panel's sector and dollar volume beside the predictions"
-    have = [c for c in ('sector', 'dollar_volume') if c in panel.scan().collect_schema()]
+    "The panel's sectors, markets and dollar volume beside the predictions"
+    have = [c for c in _breakdowns(panel) if c not in predictions.columns]
     if not have: return predictions
+    date = pl.col(panel.spec.date).alias('date')
+    code = pl.col(panel.spec.code).cast(pl.String).alias('code')
     between = pl.col('date').is_between(predictions['date'].min(), predictions['date'].max())
-    rows = panel.scan().filter(between).select('date', 'code', *have).collect()
+    rows = panel.scan().select(date, code, *have).filter(between).collect()
     return predictions.join(rows, on=['date', 'code'], how='left', maintain_order='left')
 
 # %% ../nbs/04e_results.ipynb #_made_baselines
@@ -167,7 +180,8 @@ def _load_fold(path, kinds):
     picture = run.attribution(max(finished))
     pictures = [picture] if picture.exists() else []
     return RunResult([config], phases, made, minutes, run.ledger.count('trial'),
-                     run.ledger.count('test'), pictures)
+                     run.ledger.count('test'), pictures, sessions_per_year(panel.dates),
+                     (getattr(panel, 'findings', {}),))
 
 # %% ../nbs/04e_results.ipynb #load_run
 def _joined(folds, kind):
@@ -190,8 +204,9 @@ def load_run(
     minutes = sum(fold.minutes for fold in folds)
     trials = max(fold.trials for fold in folds)  # the same phases in each fold are one choice
     looks = sum(fold.looks for fold in folds)
+    found = tuple(fold.findings[0] for fold in folds)
     return RunResult(configs, _joined(folds, 'phases'), _joined(folds, 'baselines'),
-                     minutes, trials, looks, folds[-1].pictures)
+                     minutes, trials, looks, folds[-1].pictures, folds[-1].sessions_a_year, found)
 
 # %% ../nbs/04e_results.ipynb #step_differences
 def step_differences(
@@ -220,6 +235,7 @@ class Trades(NamedTuple):
     luck:np.ndarray|None     # Sharpe ratios of shuffled portfolios
     equal:pl.DataFrame|None  # `performance` of equal weights, without costs
     why:str=''   # why there is nothing
+    notes:tuple[str, ...]=() # what a reader must know of the accounts, in sentences
 
 # %% ../nbs/04e_results.ipynb #_terms
 def _nothing(why): return Trades('', '', {}, {}, {}, {}, {}, None, None, why)
@@ -232,27 +248,44 @@ def _terms(trading, cost_bps):
     return trading, float(rate), 'its own costs' if own else f'{rate:g} bp'
 
 # %% ../nbs/04e_results.ipynb #_by_cost
-def _by_cost(predictions, traded, trading, rate, **options):
+def _by_cost(predictions, daily, trading, rate, **options):
     "The last phase at several costs; a trading that prices its own way is shown as it is"
-    if type(trading) is not Trading: return {rate: traded}
+    if type(trading) is not Trading: return {rate: daily}
     out = {}
     for bps in sorted({0., 5., 10., 20., rate}):
         changed = replace(trading, spread_bps=2*bps, commission_bps=0.)
         at_cost = bps == rate
-        out[bps] = traded if at_cost else backtest(predictions, trading=changed, **options)
+        again = None if at_cost else traded(predictions, trading=changed, **options)
+        out[bps] = daily if at_cost else again.daily
     return out
 
 # %% ../nbs/04e_results.ipynb #_accounts
+def _worth(daily, year, column='net'):
+    "`performance` of an account, of a year of so many sessions"
+    return performance(daily, column, sessions_a_year=year)
+
 def _accounts(tables, trading, options):
-    "Each table traded, and what that is worth before and after costs"
+    "Each table traded, what that is worth before and after costs, and what must be known of it"
     daily = {}
     gross = {}
     net = {}
+    notes = {}
     for name, table in tqdm(tables.items(), 'trading', leave=False, delay=1):
-        daily[name] = backtest(table, trading=trading, **options)
-        gross[name] = performance(daily[name], 'gross')
-        net[name] = performance(daily[name])
-    return daily, gross, net
+        found = traded(table, trading=trading, **options)
+        daily[name] = found.daily
+        gross[name] = _worth(found.daily, trading.sessions_a_year, 'gross')
+        net[name] = _worth(found.daily, trading.sessions_a_year)
+        notes[name] = notes_on(found.facts, trading)
+    return daily, gross, net, _together(notes)
+
+def _together(notes):
+    "Sentences with the names that they are said of"
+    said = {}
+    for name, sentences in notes.items():
+        for sentence in sentences: said.setdefault(sentence, []).append(name)
+    everybody = len(notes)
+    return tuple(f'{"all" if len(names) == everybody else ", ".join(names)}: {sentence}'
+                 for sentence, names in said.items())
 
 # %% ../nbs/04e_results.ipynb #trade
 def trade(
@@ -268,17 +301,19 @@ def trade(
     if prices is None and '1d' not in target_names(last):
         return _nothing('there is no target 1d whose returns could be earned; give prices')
     trading, rate, cost = _terms(trading, cost_bps)
+    year = trading.sessions_a_year or result.sessions_a_year
+    trading = replace(trading, sessions_a_year=year)
     options = dict(horizon=as_asked(spoken_target(last)), prices=prices)
     tables = {n: t for n, t in result.everything.items() if names is None or n in names}
-    daily, gross, net = _accounts(tables, trading, options)
+    daily, gross, net, notes = _accounts(tables, trading, options)
     by_cost = _by_cost(last, daily[result.last], trading, rate, **options)
     sharpes = {rate: metric(net[result.last], 'sharpe')}
     for bps in by_cost.keys()-sharpes.keys():
-        sharpes[bps] = metric(performance(by_cost[bps]), 'sharpe')
+        sharpes[bps] = metric(_worth(by_cost[bps], year), 'sharpe')
     shuffled = random_portfolios(last, trading=trading, **options) if luck else None
-    equal = performance(equal_weight(last)) if '1d' in target_names(last) else None
+    equal = _worth(equal_weight(last), year) if '1d' in target_names(last) else None
     how = trading.side.replace('_', '-')
-    return Trades(how, cost, daily, gross, net, by_cost, sharpes, shuffled, equal)
+    return Trades(how, cost, daily, gross, net, by_cost, sharpes, shuffled, equal, notes=notes)
 
 # %% ../nbs/04e_results.ipynb #Doubts
 class Doubts(NamedTuple):
@@ -345,7 +380,7 @@ class Frames(NamedTuple):
 # %% ../nbs/04e_results.ipynb #_groups
 def _groups(predictions):
     "`evaluate_by` for the year and for every known breakdown"
-    known = [c for c in ('sector', 'dollar_volume') if c in predictions.columns]
+    known = [c for c in predictions.columns if is_grouping(c) or c == 'dollar_volume']
     known = [c for c in known if predictions[c].null_count() < len(predictions)]
     return {by: named(evaluate_by(predictions, by)) for by in ('year', *known)}
 

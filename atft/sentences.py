@@ -127,7 +127,8 @@ def _said_profit(result, trades):
     if trades.why: return f'nothing is said about profit: {trades.why}'
     sharpe = with_interval(*metric(trades.net[result.last], 'sharpe'), '.2f')
     trials = max(result.trials, 1)
-    luck = deflated(trades.daily[result.last], trials) or 0.
+    luck = deflated(trades.daily[result.last], trials)
+    if luck is None: return f'after {trades.cost} its daily {trades.how} never trades'
     return (f'after {trades.cost} its daily {trades.how} has a Sharpe ratio of {sharpe}, above '
             f'what the best of {trials} worthless trials would show with probability {luck:.2f}')
 

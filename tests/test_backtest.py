@@ -1,0 +1,229 @@
+"What prices, ruin, unknown depth and the calendar do to an account, on small made tables."
+import warnings
+from datetime import date
+
+import numpy as np
+import polars as pl
+import pytest
+
+from atft.backtest import (
+    METRICS, Trading, TradingWarning, backtest, metric, performance, random_portfolios,
+    target_weights, traded)
+from atft.core import AtftError
+from atft.intake import Reading, take
+from atft.predictions import dense, load_predictions
+
+
+def made(codes=20, days=60, seed=0, horizon=1, every=None):
+    "Predictions that know a little, and days of five a week or every so many days"
+    rng = np.random.default_rng(seed)
+    calendar = np.busday_offset('2020-01-01', np.arange(days), roll='forward')
+    if every: calendar = np.datetime64('2020-01-01')+every*np.arange(days)
+    day, code = np.divmod(np.arange(codes*days), codes)
+    target = rng.normal(0, .02, codes*days)
+    return pl.DataFrame(dict(
+        date=calendar.astype('datetime64[D]')[day], code=[f'C{i:03d}' for i in code],
+        horizon=np.full(codes*days, horizon, np.int32), target=target,
+        prediction=10*target+rng.normal(size=codes*days)))
+
+
+def priced(predictions, volume=1e6):
+    "Closes and volumes of the codes of a table on its days"
+    rng = np.random.default_rng(1)
+    days = predictions['date'].unique().sort()
+    codes = predictions['code'].unique().sort()
+    rows = pl.DataFrame(dict(date=days)).join(pl.DataFrame(dict(code=codes)), how='cross')
+    moves = pl.Series(rng.normal(0, .02, len(rows)))
+    close = 100*(1+pl.col('move')).cum_prod().over('code', order_by='date')
+    rows = rows.with_columns(move=moves).with_columns(close=close, dollar_volume=pl.lit(volume))
+    return rows.drop('move')
+
+
+def said(run):
+    "The table of a backtest, and what it warned of"
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter('always')
+        daily = run()
+    return daily, [str(w.message) for w in seen if w.category is TradingWarning]
+
+
+def test_prices_of_no_code_are_refused_with_codes_of_both_sides():
+    p = made()
+    other = priced(p).with_columns(pl.col('code')+'.T')
+    with pytest.raises(AtftError, match='they have C000.T, .* the predictions C000, C001'):
+        backtest(p, prices=other)
+
+
+def test_codes_without_a_price_are_counted_and_named():
+    p = made()
+    half = priced(p).filter(pl.col('code') >= 'C010')
+    daily, warned = said(lambda: backtest(p, prices=half))
+    assert any('10 codes of the predictions have no price' in w and 'C000, C001, C002 and 7 more' in w
+               for w in warned)
+    assert all('\n' not in w for w in warned)
+    assert '10 codes' in traded(p, prices=half).facts.notes[0]
+
+
+def test_numbers_as_codes_need_a_width():
+    p = made().with_columns(pl.col('code').str.slice(1))
+    numbers = priced(p).with_columns(pl.col('code').cast(pl.Int64))
+    with pytest.raises(AtftError, match='codes=4'):
+        backtest(p, prices=numbers)
+    padded = take(numbers, ('close',), Reading(codes=3), 'prices')
+    assert backtest(p, prices=padded).equals(backtest(p, prices=priced(p)))
+
+
+def test_prices_that_contradict_each_other_are_refused_and_identical_ones_count_once():
+    p = made()
+    prices = priced(p)
+    daily, warned = said(lambda: backtest(p, prices=pl.concat([prices, prices[:7]])))
+    assert daily.equals(backtest(p, prices=prices)) and any('7 identical' in w for w in warned)
+    contrary = pl.concat([prices, prices[:30].with_columns(pl.col('close')*1.1)])
+    with pytest.raises(AtftError, match='C000.*2020-01-0') as refused:
+        backtest(p, prices=contrary)
+    assert '\n' not in str(refused.value)
+
+
+def test_prices_of_every_form_are_the_same(tmp_path):
+    p = made()
+    prices = priced(p)
+    prices.write_parquet(tmp_path/'prices[1].parquet')
+    iso = prices.with_columns(pl.col('date').dt.strftime('%Y-%m-%d'))
+    expected = backtest(p, prices=prices)
+    for same in (prices.to_pandas(), prices.lazy(), prices.to_arrow(), iso,
+                 tmp_path/'prices[1].parquet'):
+        assert backtest(p, prices=same).equals(expected), type(same)
+    for missing in ('code', 'close', 'date'):
+        with pytest.raises(AtftError, match=missing):
+            backtest(p, prices=prices.drop(missing))
+
+
+def test_a_stray_day_of_prices_changes_nothing_else():
+    p = made()
+    prices = priced(p)
+    saturday = prices[:1].with_columns(date=pl.lit(date(2020, 1, 11)))
+    daily, warned = said(lambda: backtest(p, prices=pl.concat([prices, saturday])))
+    assert daily.equals(backtest(p, prices=prices))
+    assert any('no sessions (2020-01-11)' in w for w in warned)
+
+
+@pytest.fixture
+def squeezed():
+    "The code that is sold short goes up tenfold on the eleventh day"
+    p = made()
+    days = p['date'].unique().sort()
+    rises = (pl.col('code') == 'C000') & (pl.col('date') == days[10])
+    return p.with_columns(prediction=pl.col('code').str.slice(1).cast(pl.Float64),
+                          target=pl.when(rises).then(10.).otherwise(.001))
+
+
+def test_a_lost_account_stays_at_0_and_trades_no_more(squeezed):
+    daily, warned = said(lambda: backtest(squeezed, share=.05, spread_bps=0))
+    value = daily['value'].to_numpy()
+    lost = int((value == 0).argmax())
+    assert lost == 10 and value.min() == 0 and (value[lost:] == 0).all()
+    assert daily['net'][lost] == -1 and (daily['turnover'][lost+1:] == 0).all()
+    assert (daily['net'][lost+1:] == 0).all() and daily['turnover'].min() >= 0
+    assert f'ruined on {daily["date"][lost]}' in warned[0]
+    before = np.append(1., value[:-1])
+    np.testing.assert_allclose(value, 1+np.cumsum(before*daily['net'].to_numpy()), atol=1e-10)
+
+
+@pytest.mark.parametrize('gain', [.001, .2])
+def test_no_average_makes_a_lost_account_good(squeezed, gain):
+    fell = pl.col('target') < 1
+    rich = squeezed.with_columns(target=pl.when(fell & (pl.col('code') == 'C019')).then(gain)
+                                 .otherwise('target'))
+    found = performance(traded(rich, share=.05, spread_bps=0).daily, draws=0)
+    values = {name: metric(found, name)[0] for name in METRICS}
+    assert values['max_drawdown'] == 1 and values['cagr'] == -1
+    for name in ('return', 'sharpe', 'sortino', 'calmar'): assert values[name] < 0, name
+    assert values['omega'] == 0
+
+
+def test_no_series_falls_by_more_than_everything():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        net = rng.normal(-.02, rng.uniform(.01, .8), 40)
+        table = pl.DataFrame(dict(net=net, gross=net, turnover=1.))
+        found = performance(table, draws=0, sessions_a_year=252)
+        assert 0 <= metric(found, 'max_drawdown')[0] <= 1 and metric(found, 'cagr')[0] >= -1
+
+
+def test_a_larger_account_never_earns_more():
+    p = made(days=80)
+    prices = priced(p)
+    gaps = prices.with_columns(pl.when(pl.col('code') < 'C008').then(pl.col('dollar_volume')))
+    still = prices.with_columns(close=pl.when(pl.col('code') < 'C008').then(100.).otherwise('close'))
+    nothing = prices.with_columns(pl.when(pl.col('code') < 'C008').then(0.)
+                                  .otherwise('dollar_volume').alias('dollar_volume'))
+    for quotes in (prices, gaps, still, nothing):
+        worth = []
+        for capital in 10.**np.arange(3, 20, 2):
+            daily = traded(p, prices=quotes, impact=1., capital=float(capital)).daily
+            assert np.isfinite(daily['value'].to_numpy()).all()
+            worth.append(daily['value'][-1])
+        assert (np.diff(worth) <= 1e-12).all(), worth
+        assert worth[-1] < worth[0]
+
+
+def test_who_is_not_known_to_be_deep_is_not_traded():
+    p = made()
+    prices = priced(p).with_columns(dollar_volume=pl.lit(None, pl.Float64))
+    found = traded(p, prices=prices, impact=1.)
+    assert found.daily['turnover'].sum() == 0 and found.facts.shallow > 0
+    warned = said(lambda: backtest(p, prices=prices, impact=1.))[1]
+    assert any('volume or volatility' in w for w in warned)
+
+
+def held(codes, **terms):
+    "How many codes one day holds"
+    p = made(codes, 2)
+    daily = traded(p.with_columns(target=pl.lit(.01)), spread_bps=0, **terms)
+    p = p.with_columns(target=pl.lit(0.))
+    weights = target_weights(dense(load_predictions(p), 1).prediction, Trading(**terms))
+    return int((weights[0] > 0).sum()), daily.facts
+
+
+def test_a_side_has_as_many_names_as_were_asked_for():
+    assert held(60, side='long', top=50)[0] == 50
+    assert held(60, top=50)[0] == 30
+    assert held(100, share=.29)[0] == 29
+    assert held(100, share=.29, side='long')[0] == 29
+    assert held(40, side='long', top=50)[0] == 40
+    assert held(40, side='long', top=50)[1].fewer == 2
+
+
+def test_a_tenth_of_nine_names_is_none_and_said():
+    assert held(9)[0] == 0 and held(9)[1].idle == 2
+    warned = said(lambda: backtest(made(9, 30)))[1]
+    assert any('nothing is chosen on 30 of 30 days: they have fewer than 10 names' in w
+               for w in warned)
+    assert held(10)[1].idle == 0
+
+
+CALENDARS = [(None, 252), (1, 365), (7, 52), (30, 12)]
+
+
+@pytest.mark.parametrize('every, year', CALENDARS)
+def test_a_year_has_the_sessions_of_its_calendar(every, year):
+    p = made(days=60, every=every)
+    assert traded(p).facts.sessions_a_year == year
+    daily = traded(p).daily
+    net = daily['net'].to_numpy()
+    found = performance(daily, draws=0)
+    assert metric(found, 'return')[0] == pytest.approx(net.mean()*year)
+    assert metric(found, 'sharpe')[0] == pytest.approx(net.mean()/net.std()*year**.5)
+    assert metric(found, 'cagr')[0] == pytest.approx(np.prod(1+net)**(year/len(net))-1)
+    told = performance(daily, draws=0, sessions_a_year=245)
+    assert metric(told, 'volatility')[0] == pytest.approx(net.std()*245**.5)
+    luck = random_portfolios(p, count=2)
+    other = random_portfolios(p, count=2, trading=Trading(sessions_a_year=4*year))
+    np.testing.assert_allclose(other, 2*luck)
+
+
+def test_borrowing_costs_the_days_of_the_calendar():
+    p = made(days=60, every=7)
+    free = traded(p).daily
+    dear = traded(p, borrow_bps=520).daily
+    assert (dear['cost']-free['cost'])[0] == pytest.approx(.5*520e-4/52)
