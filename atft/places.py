@@ -291,7 +291,10 @@ def data_files(
     suffix:str='.parquet', # how a data file's name ends
 )->tuple[list, list]:      # data files by name, names of what is left out
     "The files of a folder that hold data, and what else lies there"
-    there = sorted(folder.iterdir(), key=_name)
+    try:
+        there = sorted(folder.iterdir(), key=_name)
+    except OSError as e:
+        raise AtftError(f'data folder {folder} cannot be read: {os.strerror(e.errno)}') from None
     is_data = [p.name.endswith(suffix) and not p.name.startswith('.') for p in there]
     files = [p for p, data in zip(there, is_data) if data]
     return files, [p.name for p, data in zip(there, is_data) if not data]
