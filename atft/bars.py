@@ -18,6 +18,7 @@ from .adopted import adopt_panel
 from .core import AtftError
 from .market import embedded_panel
 from .panel import Panel, _panel_json, cached_panel, panel_recipe, write_panel
+from .places import Place, check_folder, data_files, scan_parquet
 from .shards import file_digests
 from .targets import PanelSpec, Target, as_target
 
@@ -306,14 +307,14 @@ def _panel_of_bars(folder, cache, columns, scale, features, horizons):
     spec = PanelSpec(tuple(features), horizons)
     _compare(scale)
     _check_features(features)
-    shards = sorted(folder.glob('*.parquet'))
+    shards, _ = data_files(folder)
     if not shards:
         raise AtftError(f'data folder {folder} holds no panel.json and no .parquet shards')
     options = dict(columns=columns, scale=scale, horizons=spec.horizons)
     recipe = _bars_recipe(shards, cache, features, **options)
 
     def write(target):
-        table = panel_from_ohlcv(pl.scan_parquet(shards), columns, scale, horizons, features)
+        table = panel_from_ohlcv(scan_parquet(shards), columns, scale, horizons, features)
         source = f'OHLCV bars of {folder.name}, {scale} features'
         write_panel(table, target, spec, source=source, recipe=recipe)
 
@@ -338,7 +339,7 @@ def _check_unasked(what, features, horizons):
 
 # %% ../nbs/00c_bars.ipynb #open_panel
 def open_panel(
-    data:str|Path|None=None,               # folder of a panel, of feature shards whose columns
+    data:str|Path|Place|None=None,         # folder or URL of a panel, of feature shards whose columns
                                            # `panel.json` names, or of bars; None: embedded market
     cache:str|Path='runs/cache',           # where converted panels are kept
     columns:dict[str, str]|None=None,      # of bars: vendor's names -> ours
@@ -351,13 +352,11 @@ def open_panel(
     if data is None:
         _check_unasked('the embedded market', features, horizons)
         return embedded_panel(cache=cache)
-    folder = Path(data)
-    if not folder.is_dir():
-        raise AtftError(f'data folder {data} does not exist; check the path')
+    folder = check_folder(data)
     if (folder/'panel.json').exists():
-        _check_unasked(f'{data} with its panel.json', features, horizons)
+        _check_unasked(f'{folder} with its panel.json', features, horizons)
         return _panel_of_shards(folder, cache, skip_damaged)
     if skip_damaged:
-        raise AtftError(f'skip_damaged: {data} holds bars, without checksums to find damage by; '
+        raise AtftError(f'skip_damaged: {folder} holds bars, without checksums to find damage by; '
                         'take the damaged shard out of the folder')
     return _panel_of_bars(folder, cache, columns, scale, features, horizons)

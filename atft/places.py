@@ -128,7 +128,9 @@ class Place:
     @property
     def parent(self): return Place(self.store, self.path.rpartition('/')[0])
 
+
     def resolve(self): return self
+    def exists(self): return self.info().type != pf.FileType.NotFound
 
 # %% ../nbs/00o_places.ipynb #_asking
 @contextmanager
@@ -146,7 +148,7 @@ def _inside(place):
     system, root = _system(place.store)
     return system, f'{root.rstrip("/")}/{place.path}' if place.path else root
 
-# %% ../nbs/00o_places.ipynb #exists
+# %% ../nbs/00o_places.ipynb #is_dir
 @patch
 def info(self:Place)->pf.FileInfo:
     "pyarrow's description of what is there"
@@ -154,8 +156,6 @@ def info(self:Place)->pf.FileInfo:
         system, name = _inside(self)
         return system.get_file_info(name)
 
-@patch
-def exists(self:Place)->bool: return self.info().type != pf.FileType.NotFound
 @patch
 def is_dir(self:Place)->bool: return self.info().type == pf.FileType.Directory
 @patch

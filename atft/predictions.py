@@ -17,6 +17,7 @@ import torch
 
 from .core import AtftError
 from .correlation import pearson, rank_ic
+from .places import Place, place, read_parquet
 
 # %% ../nbs/04a_predictions.ipynb #_horizon_of
 def _horizon_of(name):
@@ -41,9 +42,10 @@ KEYS = ('horizon', 'target_name', 'date', 'code')
 
 def _read(source):
     "Whatever holds a table, as a polars table with all columns that are needed"
-    if isinstance(source, (str, Path)):
-        if not Path(source).exists(): raise AtftError(f'predictions {source} do not exist')
-        source = pl.read_parquet(source)
+    if isinstance(source, (str, Path, Place)):
+        source = place(source)
+        if not source.exists(): raise AtftError(f'predictions {source} do not exist')
+        source = read_parquet(source)
     if isinstance(source, pl.LazyFrame):
         source = source.collect()
     if not isinstance(source, pl.DataFrame):
