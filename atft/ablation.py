@@ -30,7 +30,7 @@ from .market import EFFECTS, MarketSpec, embedded_panel
 from .network import ATFT, NetworkSpec
 from .panel import Panel
 from .phases import PHASES, check_run, run_phases
-from .places import read_parquet
+from .places import place, read_parquet
 from .project import from_root, project_root
 from .runs import RunFolder
 from .specs import Phase, RunSpec, flat_names
@@ -297,7 +297,7 @@ def chain_run(
     run = RunSpec(**(flat | run_options(ask.options)))
     phases = [repr(phase) for phase in PHASES]
     key = recipe_key(panel.fingerprint, code=TRAINING_CODE, run=run.flat(), phases=phases)
-    market = Path(ask.data).name if ask.data else ask.size
+    market = place(ask.data).name if ask.data else ask.size
     name = f'chain-{market}-{ask.chain_epochs}-{ask.hidden}-{seed}-{key}'
     return replace(run, run_dir=str(Path(folder)/name))
 

@@ -228,5 +228,4 @@ def adopt_panel(
     data = [str(folder), [s['sha256'] for s in shards], said]
     makers = (_order, describe_shard, _survey, _repartition, _point_to)
     recipe = panel_recipe(data, *makers, spec=asdict(spec), most_rows=most_rows)
-    far = folder if isinstance(folder, Place) and not why else None
-    return cached_panel(Path(cache).resolve(), folder.name, recipe, write, far)
+    return cached_panel(Path(cache).resolve(), folder.name, recipe, write)

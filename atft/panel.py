@@ -135,7 +135,6 @@ class Panel:
     def __init__(self,
         folder:str|Path|Place,   # holds `panel.json`, as `write_panel` leaves it; a URL too
         skip_damaged:bool=False, # read every shard once, leave out the damaged ones (`skipped`)
-        root:Place|None=None,    # where the shards are, with credentials; None: as `panel.json` says
     ):
         self.folder = place(folder)
         meta = _manifest(self.folder)
@@ -144,7 +143,7 @@ class Panel:
         self.source = meta['source']
         self.note = meta.get('note', '')
         self.recipe = meta.get('recipe', {})  # of a panel that code made: dict(data, code)
-        self.root = root or _root(meta, self.folder)
+        self.root = _root(meta, self.folder)
         self.dates = np.array(meta['dates'], 'datetime64[D]')  # [D] ascending
         self.codes = meta['codes']  # C strings ascending
         self.shards = []
@@ -357,8 +356,7 @@ def cached_panel(
     name:str,       # how the panel's folder begins
     recipe:dict,    # from `panel_recipe`
     write,          # called with a folder to write the panel into, if it is not there
-    root:Place|None=None, # where its shards are, if in a store that wants credentials
 )->Panel:
     "The panel of a recipe, made once"
     folder = Path(cache)/f'{name}-{_short_digest(recipe)}'
-    return Panel(build_once(folder, write), root=root)
+    return Panel(build_once(folder, write))

@@ -43,6 +43,14 @@ def _shown_host(scheme, host):
     container = scheme in ('abfs', 'abfss') and user and ':' not in user
     return host if container else name
 
+# %% ../nbs/00o_places.ipynb #_shown_store
+def _shown_store(store):
+    "The URL of a store without credentials"
+    scheme, _, rest = store.partition('://')
+    host, _, query = rest.partition('?')
+    options = '&'.join(_shown_options(query))
+    return f'{scheme}://{_shown_host(scheme, host)}{"?" if options else ""}{options}'
+
 # %% ../nbs/00o_places.ipynb #_without_secrets
 def _secrets(store):
     "The words of a store's URL that nobody may read"
@@ -108,12 +116,9 @@ class Place:
 
     def __str__(self):
         "A URL that opens it, without credentials"
-        scheme, _, rest = self.store.partition('://')
-        host, _, query = rest.partition('?')
-        shown = _shown_host(scheme, host).rstrip('/')
-        options = '&'.join(_shown_options(query))
+        store, mark, options = _shown_store(self.store).partition('?')
         inside = quote(self.path, safe="/[]{}*!$&'(),;=:@+ ")
-        return f'{scheme}://{shown}/{inside}{"?" if options else ""}{options}'
+        return f'{store.removesuffix("/")}/{inside}{mark}{options}'
 
     def __repr__(self): return f'Place({str(self)!r})'
 
@@ -222,17 +227,17 @@ def mkdir(self:Place, parents:bool=False, exist_ok:bool=False):
     "A store has no folders to make, only a disk does"
     if self.store.startswith('file:'): Path(f'/{self.path}').mkdir(parents=parents, exist_ok=exist_ok)
 
-# %% ../nbs/00o_places.ipynb #place
+# %% ../nbs/00o_places.ipynb #_url_of
 STORES = ('s3', 'gs', 'gcs', 'abfs', 'abfss', 'hdfs', 'viewfs', 'file')
 
 def _url_of(where):
     "The URL that was written, or None for a path"
-    text = str(where)
-    scheme, colon, rest = text.partition(':/')
+    scheme, colon, rest = str(where).partition(':/')
     if not colon or not re.fullmatch('[A-Za-z][A-Za-z0-9+.-]+', scheme): return None
-    if rest.startswith('/'): return f'{scheme.lower()}://{rest[1:]}'
-    lost = isinstance(where, Path) and scheme in STORES
-    return f'{scheme}:///{rest}' if lost and scheme == 'file' else f'{scheme}://{rest}' if lost else None
+    scheme = scheme.lower()
+    if rest.startswith('/'): return f'{scheme}:/{rest}'
+    if scheme not in STORES: return None
+    return f'file:///{rest}' if scheme == 'file' else f'{scheme}://{rest}'  # a slash was lost
 
 def _check_url(scheme, host):
     "One clear line for what is no URL of a store"
@@ -245,6 +250,19 @@ def _check_url(scheme, host):
         raise AtftError(f'{scheme}:// is not followed by the name of a bucket; write '
                         f'{scheme}://BUCKET/FOLDER, and / in a secret before it as %2F')
 
+# %% ../nbs/00o_places.ipynb #_with_credentials
+_given = set() # URLs of stores with credentials, as this process was given them
+
+def _with_credentials(store):
+    "The URL of a store with those credentials that were given last"
+    shown = _shown_store(store)
+    same = [one for one in _given if _shown_store(one) == shown]
+    if not _secrets(store): return same[0] if same else store
+    _given.difference_update(same)
+    _given.add(store)
+    return store
+
+# %% ../nbs/00o_places.ipynb #place
 def place(
     where:str|Path|Place, # a path, or the URL of a store
 )->Path|Place:
@@ -257,7 +275,8 @@ def place(
     host, _, path = before.partition('/')
     _check_url(scheme, host)
     if scheme == 'file': host = f'{host}/'
-    return Place(f'{scheme}://{host}{mark}{query}', unquote(path).strip('/'))
+    store = _with_credentials(f'{scheme}://{host}{mark}{query}')
+    return Place(store, unquote(path).strip('/'))
 
 # %% ../nbs/00o_places.ipynb #exists-of
 def exists(
@@ -270,7 +289,8 @@ def name_of(
     where:str|Path|Place,
 )->str:
     "How it may be written down: a path as it is, a URL without credentials"
-    return str(place(where))
+    found = place(where)
+    return str(found) if isinstance(found, Place) else str(where)
 
 def check_folder(
     where:str|Path|Place,

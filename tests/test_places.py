@@ -72,8 +72,8 @@ def same(a, b):
 def both(store, tmp_path_factory):
     "The same panel here and there"
     table = wide_table()
-    here = write_panel(table, tmp_path_factory.mktemp('here')/'panel', WIDE, row_group=400)
-    there = write_panel(table, store.url('market/wide'), WIDE, row_group=400)
+    here = write_panel(table, tmp_path_factory.mktemp('here')/'panel', WIDE, row_group=1_000)
+    there = write_panel(table, store.url('market/wide'), WIDE, row_group=1_000)
     return here, there
 
 
@@ -85,7 +85,7 @@ def test_a_panel_is_written_to_a_url_as_to_a_folder(both):
     assert there.scan().collect().equals(here.scan().collect())
 
 
-@pytest.mark.parametrize('workers', [0, 1, 2])
+@pytest.mark.parametrize('workers', [0, 2])
 def test_the_stream_of_a_url_is_that_of_a_folder(both, workers):
     def batches(panel, workers):
         scaler = OnlineRobustScaler().fit(panel, panel.dates[:150])
@@ -112,11 +112,11 @@ def test_ranges_pass_and_no_whole_file(store, both):
     assert rows.equals(here.read(['code', 'f03'], panel.dates[100], panel.dates[100]))
     assert opened < .2*whole  # the manifest and the footers
     assert one_column < .1*whole
-    assert one_day < .15*whole
+    assert one_day < .2*whole
     before = store.passed
     first = panel.scan().filter(pl.col('date') == panel.dates[3].item()).select('f00').collect()
     assert len(first) == 40
-    assert store.passed-before < .2*whole
+    assert store.passed-before < .25*whole
 
 
 def test_shards_in_a_store_are_adopted_in_place(store, tmp_path):
@@ -141,7 +141,7 @@ def test_shards_in_a_store_are_adopted_in_place(store, tmp_path):
     assert all(shard['sha256'].startswith(UNREAD) for shard in panel.shards)
     options = dict(lookback=10, return_lookback=10)
     streams = [ParquetStockIterableDataset(p, p.dates[40:80], **options) for p in (here, panel)]
-    assert all(map(same, make_loader(streams[0]), make_loader(streams[1], 1)))
+    assert all(map(same, make_loader(streams[0]), make_loader(streams[1])))
     assert not list(adopt_panel(folder, WIDE, cache=tmp_path/'cache').skipped)
     kept = [p.read_text() for p in (tmp_path/'cache').rglob('*.json')]
     assert not any(KEY in text or 'verysecret' in text for text in kept)
@@ -221,6 +221,7 @@ def test_a_url_is_named_without_its_credentials(store, both):
     for text in (str(there.folder), repr(there.folder), repr(there), json.dumps(str(there.root))):
         assert KEY not in text and 'verysecret' not in text
     assert place(Path(url)) == place(url)
+    assert place(str(there.folder)) == there.folder  # what was given is remembered
 
 
 @pytest.mark.parametrize('name', ['a[1]', '*', 'what?', '{a,b}', 'a b#%20', '[!x]*', '~', 'ü'])
