@@ -30,6 +30,7 @@ from .market import EFFECTS, MarketSpec, embedded_panel
 from .network import ATFT, NetworkSpec
 from .panel import Panel
 from .phases import PHASES, check_run, run_phases
+from .places import place, read_parquet
 from .project import from_root, project_root
 from .runs import RunFolder
 from .specs import Phase, RunSpec, flat_names
@@ -199,7 +200,7 @@ def oracle_predictions(
     path = panel.folder/'oracle.parquet'
     if not path.exists(): return None
     keys = ['date', 'code', 'horizon']
-    truth = pl.read_parquet(path).select(*keys, prediction='oracle')
+    truth = pl.read_parquet(path, glob=False).select(*keys, prediction='oracle')
     return truth.join(like.select(*keys, 'target'), on=keys)
 
 # %% ../nbs/07_ablation.ipynb #training-code
@@ -240,7 +241,7 @@ def train_missing(
     for branch in ('control', *ask.branches):
         if not paths[branch].exists():
             _keep(paths[branch], train_branch(s, start, branch, ask.epochs))
-    _keep(paths['oracle'], oracle_predictions(panel, pl.read_parquet(paths['control'])))
+    _keep(paths['oracle'], oracle_predictions(panel, pl.read_parquet(paths['control'], glob=False)))
 
 # %% ../nbs/07_ablation.ipynb #branch-results
 def branch_results(
@@ -255,7 +256,7 @@ def branch_results(
     paths = {branch: home/f'{branch.replace(" ", "")}.parquet' for branch in names}
     if not all(path.exists() for path in paths.values()):
         train_missing(ask, name, seed, folder, paths)
-    return {branch: pl.read_parquet(path) for branch, path in paths.items()}
+    return {branch: pl.read_parquet(path, glob=False) for branch, path in paths.items()}
 
 # %% ../nbs/07_ablation.ipynb #run-options
 def run_options(
@@ -296,7 +297,7 @@ def chain_run(
     run = RunSpec(**(flat | run_options(ask.options)))
     phases = [repr(phase) for phase in PHASES]
     key = recipe_key(panel.fingerprint, code=TRAINING_CODE, run=run.flat(), phases=phases)
-    market = Path(ask.data).name if ask.data else ask.size
+    market = place(ask.data).name if ask.data else ask.size
     name = f'chain-{market}-{ask.chain_epochs}-{ask.hidden}-{seed}-{key}'
     return replace(run, run_dir=str(Path(folder)/name))
 
@@ -355,7 +356,7 @@ def variance_shares(
     for name in chains[0].predictions:
         found = []
         for chain in chains:
-            truth = pl.read_parquet(chain.panel.folder/'oracle.parquet').drop('oracle')
+            truth = read_parquet(chain.panel.folder/'oracle.parquet').drop('oracle')
             found.append(made_of(chain.predictions[name], truth))
         by_effect = pl.DataFrame(found)
         shares[name] = {e: float(np.mean(by_effect[e].to_numpy())) for e in by_effect.columns}
@@ -369,7 +370,7 @@ def effect_windows(
     which:str, # train, valid or test
 )->tuple[Tensor, np.ndarray]: # scaled windows [n, L, F], expectations [n, effects]
     "The windows of some days, and what each effect expects of the next day"
-    oracle = pl.read_parquet(s.panel.folder/'oracle.parquet').filter(pl.col('horizon') == 1)
+    oracle = read_parquet(s.panel.folder/'oracle.parquet').filter(pl.col('horizon') == 1)
     truth = {}
     for (day,), rows in oracle.partition_by('date', as_dict=True).items():
         truth[day] = dict(zip(rows['code'], rows.select(EFFECTS).to_numpy()))

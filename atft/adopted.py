@@ -7,6 +7,7 @@ __all__ = ['adopt_panel']
 
 # %% ../nbs/00j_adopted.ipynb #imports
 import tempfile
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,6 +18,8 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from .core import AtftError
+from .places import (
+    Place, check_folder, data_files, left_out, place, read_parquet, scan_parquet, source_of, store_trouble)
 from .panel import Panel, cached_panel, panel_recipe
 from .shards import conform, describe_shard, file_digests, write_manifest, write_shard
 from .targets import PanelSpec
@@ -92,6 +95,17 @@ def _check_group(where, number, rows, spec, days, said):
         raise AtftError(f'shard {where}: row group {number} holds {found[0]} .. {found[1]}, '
                         f'its footer says {said[0]} .. {said[1]}; write it again')
 
+# %% ../nbs/00j_adopted.ipynb #_told_by
+@contextmanager
+def _told_by(path):
+    "What is wrong with a file becomes a line that names it"
+    try:
+        yield
+    except (OSError, pa.ArrowException) as e:
+        said = str(e).splitlines()[0]
+        raise AtftError(store_trouble(path, e) or f'shard {path} is damaged ({said}); write it '
+                        'again, or take it out of the folder') from None
+
 # %% ../nbs/00j_adopted.ipynb #_survey
 def _survey(folder, shards, spec):
     "Days and codes of the shards, from their date and code columns, whose statistics are checked"
@@ -99,9 +113,10 @@ def _survey(folder, shards, spec):
     all_codes = set()
     for shard in shards:
         where = folder/shard['file']
-        reader = pq.ParquetFile(where, read_dictionary=[spec.code])
+        reader = pq.ParquetFile(source_of(where), read_dictionary=[spec.code])
         for number, first, last, _ in shard['groups']:
-            rows = reader.read_row_group(number, columns=[spec.date, spec.code])
+            with _told_by(where):
+                rows = reader.read_row_group(number, columns=[spec.date, spec.code])
             days = pc.unique(rows[spec.date]).to_numpy(zero_copy_only=False).astype('datetime64[D]')
             _check_group(where, number, rows, spec, days, (first, last))
             all_days.update(days.astype(str))
@@ -112,33 +127,56 @@ def _survey(folder, shards, spec):
 def _to_months(files, spec, folder):
     "Split unsorted shards into a folder per month, in one streaming pass"
     month = pl.col(spec.date).dt.strftime('%Y-%m').alias('month')
-    parts = pl.PartitionBy(folder, key='month', include_key=False)
-    pl.scan_parquet(files).with_columns(month).sink_parquet(parts, mkdir=True, engine='streaming')
+    # from a store file by file: a lazy table of all of them would be held whole
+    at_once = [[file] for file in files] if isinstance(files[0], Place) else [files]
+    for number, some in enumerate(at_once):
+        parts = pl.PartitionBy(f'{folder}/{number}', key='month', include_key=False)
+        table = scan_parquet(some).with_columns(month)
+        table.sink_parquet(parts, mkdir=True, engine='streaming')
+
+def _name_damaged(files):
+    "The file that polars could not read, which it does not name"
+    for file in files:
+        with _told_by(file):
+            reader = pq.ParquetFile(source_of(file), page_checksum_verification=True)
+            for _ in reader.iter_batches(): pass
+
+# %% ../nbs/00j_adopted.ipynb #_parts_by_year
+def _parts_by_year(months):
+    "Year -> the files of its months"
+    files = sorted(Path(months).glob('*/month=*/*.parquet'))
+    years = [file.parent.name[6:10] for file in files]
+    found = {year: [] for year in sorted(set(years))}
+    for year, file in zip(years, files): found[year].append(file)
+    return found
 
 # %% ../nbs/00j_adopted.ipynb #_repartition
-def _repartition(files, spec, target, why, row_group):
+def _repartition(files, spec, target, why, row_group, others=''):
     "Write a panel from unsorted shards"
     source = files[0].parent
     shards = []
     days = set()
     codes = set()
     with tempfile.TemporaryDirectory(dir=target) as months:
-        _to_months(files, spec, months)
-        years = sorted({p.name[6:10] for p in Path(months).iterdir()})
-        for year in tqdm(years, desc='sorting', leave=False, delay=2):
-            part = pl.read_parquet(f'{months}/month={year}-*/*.parquet', hive_partitioning=False)
-            part = conform(part, spec, str(source))
+        try:
+            _to_months(files, spec, months)
+        except (OSError, pl.exceptions.PolarsError):
+            _name_damaged(files)
+            raise
+        parts = _parts_by_year(months)
+        for year, some in tqdm(parts.items(), desc='sorting', leave=False, delay=2):
+            part = conform(read_parquet(some), spec, str(source))
             days.update(map(str, part[spec.date].unique()))
             codes.update(part[spec.code].unique())
             shards.append(write_shard(part, target, f'year={year}', spec, row_group))
     where = f'shards of {source.name}'
-    note = f're-partitioned once: {why}'
+    note = f're-partitioned once: {why}'+others
     write_manifest(target, spec, where, shards, sorted(days), sorted(codes), note=note)
 
 # %% ../nbs/00j_adopted.ipynb #_schema_of
 def _schema_of(path):
     try:
-        return pq.read_schema(path)
+        return pq.read_schema(source_of(path))
     except (OSError, pa.ArrowException) as e:
         raise AtftError(f'shard {path} is cut off or not Parquet ({str(e).splitlines()[0]}); '
                         'write it again') from None
@@ -157,38 +195,37 @@ def _describe_all(files, spec, cache):
     return [s for s in shards if s['rows']]
 
 # %% ../nbs/00j_adopted.ipynb #_point_to
-def _point_to(folder, spec, target, shards):
+def _point_to(folder, spec, target, shards, others=''):
     "A manifest for shards that stay where they are"
     days, codes = _survey(folder, shards, spec)
-    where = dict(root=str(folder), note='read in place')
+    where = dict(root=str(folder), note='read in place'+others)
     write_manifest(target, spec, f'shards of {folder.name}', shards, days, codes, **where)
 
 # %% ../nbs/00j_adopted.ipynb #adopt_panel
 def adopt_panel(
-    folder:str|Path,             # of Parquet shards with a date, a code, features, returns, targets
+    folder:str|Path|Place,       # or URL, of Parquet shards with a date, a code, features, returns, targets
     spec:PanelSpec,              # which columns are what
     cache:str|Path='runs/cache', # for the manifest, and for the sorted copy if one is needed
     most_rows:int=2**20,         # larger row groups are re-partitioned: one must fit in memory
 )->Panel:
     "A panel from somebody's shards: read in place if sorted by date, else from a copy made once"
-    folder = Path(folder).resolve()
-    if not folder.is_dir():
-        raise AtftError(f'data folder {folder} does not exist; check the path')
-    files = sorted(folder.glob('*.parquet'))
+    folder = check_folder(place(folder).resolve())
+    files, others = data_files(folder)
     if not files:
         raise AtftError(f'data folder {folder} holds no .parquet shards')
     shards = _describe_all(files, spec, cache)
     if not shards:
         raise AtftError(f'data folder {folder}: all {len(files)} shards are empty')
     why = _order(shards, most_rows)
+    said = f'; {left_out(others)}' if others else ''
 
     def write(target):
         if why:
-            _repartition([folder/s['file'] for s in shards], spec, target, why, 65_536)
+            _repartition([folder/s['file'] for s in shards], spec, target, why, 65_536, said)
         else:
-            _point_to(folder, spec, target, shards)
+            _point_to(folder, spec, target, shards, said)
 
-    data = [str(folder), [s['sha256'] for s in shards]]
+    data = [str(folder), [s['sha256'] for s in shards], said]
     makers = (_order, describe_shard, _survey, _repartition, _point_to)
     recipe = panel_recipe(data, *makers, spec=asdict(spec), most_rows=most_rows)
     return cached_panel(Path(cache).resolve(), folder.name, recipe, write)

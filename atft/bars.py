@@ -28,6 +28,7 @@ from .intake import Reading, Taken, take
 from .joins import Beside, check_listed, read_facts, read_sectors, read_universe
 from .market import embedded_panel
 from .panel import Panel, _panel_json, cached_panel, panel_recipe, write_panel
+from .places import Place, check_folder
 from .repairs import (
     BARS, RULES, check_mixed_prices, count_repairs, findings_lines, flag_bars, looked_at,
     mixed_prices, repair_bars, repairs_found)
@@ -335,7 +336,7 @@ def _check_unasked(what, features, horizons, options):
 
 # %% ../nbs/00c_bars.ipynb #open_panel
 def open_panel(
-    data:str|Path|None=None,               # folder of a panel, of feature shards whose columns
+    data:str|Path|Place|None=None,         # folder or URL of a panel, of shards whose columns
                                            # `panel.json` names; file or folder of bars; None:
                                            # the embedded market
     cache:str|Path='runs/cache',           # where converted panels are kept
@@ -350,14 +351,12 @@ def open_panel(
     if data is None:
         _check_unasked('the embedded market', features, horizons, options)
         return embedded_panel(cache=cache)
-    folder = Path(data)
-    if not folder.exists():
-        raise AtftError(f'data folder {data} does not exist; check the path')
+    folder = check_folder(data)
     if (folder/'panel.json').exists():
-        _check_unasked(f'{data} with its panel.json', features, horizons, options)
+        _check_unasked(f'{folder} with its panel.json', features, horizons, options)
         return _panel_of_shards(folder, cache, skip_damaged)
     if skip_damaged:
-        raise AtftError(f'skip_damaged: {data} holds bars, without checksums to find damage by; '
+        raise AtftError(f'skip_damaged: {folder} holds bars, without checksums to find damage by; '
                         'take the damaged shard out of the folder')
     options['reading'] = _with_columns(options.get('reading', Reading()), columns)
     more = dict(scale=scale, features=features, horizons=horizons)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from .core import AtftError, atomic_path, recipe_key
 from .panel import Panel
+from .places import read_parquet
 from .predictions import load_predictions
 
 # %% ../nbs/04d_baselines.ipynb #_rows
@@ -209,7 +210,7 @@ def _lightgbm(panel, split, dates, seed):
 # %% ../nbs/04d_baselines.ipynb #_oracle
 def _oracle(panel, split, dates, seed):
     "The expectation that an embedded market is made of"
-    known = pl.read_parquet(panel.folder/'oracle.parquet')
+    known = read_parquet(panel.folder/'oracle.parquet')
     if 'target_name' not in known.columns:
         known = known.with_columns(target_name=pl.format('{}d', 'horizon'))
     keys = ['date', 'code', 'target_name']

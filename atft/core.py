@@ -294,7 +294,8 @@ def recipe_key(
 
 # %% ../nbs/00a_core.ipynb #file_digest
 def _sha256(path):
-    with open(path, 'rb') as f:
+    opened = open(path, 'rb') if isinstance(path, (str, Path)) else path.open('rb')  # at a URL
+    with opened as f:
         return hashlib.file_digest(f, 'sha256').hexdigest()
 
 def file_digest(

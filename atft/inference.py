@@ -31,6 +31,7 @@ from .graph import CorrelationGraph, GraphCache, SectorHistory
 from .explain import explain, plot_explanation
 from .network import ATFT, OWN_PARTS, Forecast, NetworkSpec, check_part
 from .panel import Panel
+from .places import place
 from .processes import Processes
 from .project import project_root
 from .specs import PRECISIONS, RunSpec
@@ -77,7 +78,7 @@ def open_data(
 )->Panel:
     "The panel of a run, made from bars if that is what the folder holds"
     source = spec.source
-    is_ready = source.data is None or (Path(source.data)/'panel.json').exists()
+    is_ready = source.data is None or (place(source.data)/'panel.json').exists()
     options = {} if is_ready or not source.targets else dict(horizons=source.targets)
     return open_panel(source.data, cache, skip_damaged=source.skip_damaged, **options)
 

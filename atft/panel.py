@@ -25,6 +25,8 @@ from fastcore.basics import patch
 
 from .causal import check_leaks
 from .core import AtftError, build_once, recipe_key
+from .places import (
+    Place, check_folder, place, scan_parquet, source_of, store_trouble)
 from .rules import Reading
 from .shards import (
     FORMAT, conform, damage_of, file_digests, file_state, open_shard, write_manifest, write_shard)
@@ -36,7 +38,10 @@ _all_ = [FORMAT, PRICES, PanelSpec, Target, as_target, file_digests, tiny_table]
 # %% ../nbs/00b_panel.ipynb #_make_folder
 @contextmanager
 def _locked(folder):
-    "One writer at a time in a panel's folder"
+    "One writer at a time in a panel's folder; a store has no lock, so it is not asked for one"
+    if isinstance(folder, Place):
+        yield
+        return
     with open(folder/'.lock', 'w') as f:
         fcntl.flock(f, fcntl.LOCK_EX)
         yield
@@ -48,7 +53,7 @@ def _make_folder(folder):
         raise AtftError(f'cannot make the folder {folder}: {os.strerror(e.errno)}') from None
 
 def _shards_there(folder):
-    "What a panel that is replaced had for shards"
+    "What shards the panel of a folder has"
     manifest = folder/'panel.json'
     return json.loads(manifest.read_text()).get('shards', []) if manifest.exists() else []
 
@@ -58,8 +63,8 @@ def _write_years(table, folder, spec, row_group):
     return [write_shard(part, folder, f'year={year}', spec, row_group) for (year,), part in years]
 
 def _remove_files(folder, before, now):
-    "Delete the shards that the new manifest does not name"
-    names = [s['file'] for s in now]
+    "Delete the shards that neither the new manifest names nor one that came meanwhile"
+    names = [s['file'] for s in [*now, *_shards_there(folder)]]
     for shard in before:
         if shard['file'] not in names:
             (folder/shard['file']).unlink(missing_ok=True)
@@ -79,7 +84,7 @@ def _said(**more):
 def write_panel(
     table,                           # one row per (date, code): polars, pandas, arrow, or a path;
                                      # further columns (sector) are kept
-    folder:str|Path,                 # where the shards go
+    folder:str|Path|Place,           # where the shards go; the URL of a store too
     spec:PanelSpec,                  # which columns are features and targets
     row_group:int=65_536,            # rows per Parquet row group: the unit of decoding
     source:str='',                   # a line on where the data comes from, for reports
@@ -89,7 +94,7 @@ def write_panel(
     made:dict|None=None,             # the options it was made with, as JSON has them
 ): # the panel, opened
     "Write `table` as a folder of yearly shards sorted by (date, code), `panel.json` last"
-    folder = Path(folder)
+    folder = place(folder)
     table = conform(table, spec, 'write_panel', reading)
     findings = _with_leaks(findings, check_leaks(table, spec))
     _make_folder(folder)
@@ -115,20 +120,20 @@ class RowGroup(NamedTuple):
 # %% ../nbs/00b_panel.ipynb #_panel_json
 def _panel_json(folder):
     path = folder/'panel.json'
+    content = path.read_bytes()
     try:
-        return json.loads(path.read_text())
+        return json.loads(content)
     except ValueError as e:
         raise AtftError(f'{path} is not JSON ({e}); write the panel again') from None
 
 def _root(meta, folder):
     "Where the shards are: elsewhere for a folder that is read in place"
-    return Path(meta.get('root', folder))
+    return place(meta.get('root', folder))
 
 # %% ../nbs/00b_panel.ipynb #_manifest
 def _manifest(folder):
     "What `panel.json` says, once its shards are there"
-    if not folder.is_dir():
-        raise AtftError(f'data folder {folder} does not exist; check the path')
+    check_folder(folder)
     if not (folder/'panel.json').exists():
         raise AtftError(f'{folder} has no panel.json, so it is not a panel; open_panel turns OHLCV '
                         'shards into one, adopt_panel a folder of features')
@@ -144,10 +149,10 @@ def _manifest(folder):
 class Panel:
     "A folder of Parquet shards with one schema, opened without reading the data"
     def __init__(self,
-        folder:str|Path,         # holds `panel.json`, as `write_panel` leaves it
+        folder:str|Path|Place,   # holds `panel.json`, as `write_panel` leaves it; a URL too
         skip_damaged:bool=False, # read every shard once, leave out the damaged ones (`skipped`)
     ):
-        self.folder = Path(folder)
+        self.folder = place(folder)
         meta = _manifest(self.folder)
         self.spec = PanelSpec(**meta['spec'])
         self.fingerprint = meta['fingerprint']
@@ -226,7 +231,7 @@ def scan(self:Panel)->pl.LazyFrame: # all columns; nothing is read until `collec
     parts = []
     for shard in self.shards:
         until = pl.lit(shard['last']).str.to_date()
-        parts.append(pl.scan_parquet(self.root/shard['file']).filter(day <= until))
+        parts.append(scan_parquet(self.root/shard['file']).filter(day <= until))
     return pl.concat(parts)
 
 # %% ../nbs/00b_panel.ipynb #__repr__
@@ -253,6 +258,8 @@ def decode(self:Panel,
         reader = open_shard(path, self.spec.code, verify=key not in _verified)
         rows = reader.read_row_group(group.number, columns=columns, use_threads=threads)
     except (OSError, pa.ArrowException) as e:
+        trouble = store_trouble(path, e)
+        if trouble: raise AtftError(trouble) from None
         raise AtftError(f'shard {path} is damaged in row group {group.number} '
                         f'({str(e).splitlines()[0]}); write it again, or leave it out with '
                         'skip_damaged=True (--skip-damaged)') from None
@@ -290,7 +297,7 @@ def _check_longer(panel, table):
     "One clear line unless the table carries the panel on"
     if not len(table):
         raise AtftError('append_shard: the table has no rows')
-    old = pq.read_schema(panel.root/panel.shards[-1]['file']).names
+    old = pq.read_schema(source_of(panel.root/panel.shards[-1]['file'])).names
     if table.columns != old:
         raise AtftError(f'append_shard: the panel has columns {", ".join(old)}; '
                         f'the table has {", ".join(table.columns)}')
@@ -308,12 +315,20 @@ def _cut_before(panel, first):
         if shard['first'] >= str(first): continue
         if shard['last'] >= str(first):
             until = kept[-1].item()
-            lazy = pl.scan_parquet(panel.root/shard['file'])
+            lazy = scan_parquet(panel.root/shard['file'])
             early = lazy.filter(pl.col(panel.spec.date) <= until)
             rows = early.select(pl.len()).collect().item()
             shard = shard | dict(last=str(until), rows=rows)
         shards.append(shard)
     return shards, kept
+
+# %% ../nbs/00b_panel.ipynb #_check_alone
+def _check_alone(panel):
+    "Nobody may have written into a store since the panel was opened"
+    if not isinstance(panel.folder, Place): return  # a folder is locked
+    if _panel_json(panel.folder)['fingerprint'] != panel.fingerprint:
+        raise AtftError(f'append_shard: somebody else wrote into {panel.folder} meanwhile, and '
+                        'the panel is as they left it; open it again and append what is missing')
 
 # %% ../nbs/00b_panel.ipynb #append_shard
 def append_shard(
@@ -337,6 +352,7 @@ def append_shard(
         shards.append(write_shard(table, panel.folder, f'from={first}', spec, 65_536))
         dates = [*kept, *table[spec.date].unique().sort()]
         codes = sorted({*panel.codes, *table[spec.code].unique()})
+        _check_alone(panel)
         # without a recipe: what somebody added is not what code made
         more = _said(findings=panel.findings) if said is None else _said(**said)
         write_manifest(panel.folder, spec, panel.source, shards, dates, codes, **more)

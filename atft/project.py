@@ -140,7 +140,8 @@ def from_root(
     path:str|Path|None,
 )->str|None: # as it is if absolute or there seen from here; else below the project's root
     "What a relative path in a notebook's parameters means, whatever folder its kernel runs in"
-    if path is None or Path(path).is_absolute() or Path(path).exists(): return path
+    if path is None or '://' in str(path): return path  # nothing, or the URL of a store
+    if Path(path).is_absolute() or Path(path).exists(): return path
     return str(project_root()/path)
 
 # %% ../nbs/00e_project.ipynb #_plain

@@ -26,6 +26,7 @@ from .judge import (
     compare, decay, decile_returns, evaluate, evaluate_by, is_grouping, with_holm)
 from .ledger import Ledger
 from .panel import Panel
+from .places import read_parquet
 from .predictions import daily_ic, load_predictions
 from .runs import CONFIG_VERSION, RunFolder
 from .sessions import sessions_per_year
@@ -75,7 +76,7 @@ def _example_predictions(panel, dates, knows, seed=0):
     long = rows.unpivot(on=panel.spec.targets, index=['date', 'code'], value_name='target')
     span = pl.col('variable').str.extract(r'(\d+)').cast(pl.Int32)
     long = long.select('date', 'code', 'target', horizon=span)
-    known = pl.read_parquet(panel.folder/'oracle.parquet')
+    known = read_parquet(panel.folder/'oracle.parquet')
     long = long.join(known, on=['date', 'code', 'horizon']).sort('horizon', 'date', 'code')
     noise = pl.Series(np.random.default_rng(seed).normal(size=len(long)))
     scaled = pl.col('oracle')/pl.col('oracle').std().over('horizon')

@@ -75,7 +75,7 @@ def finished(self:RunFolder)->dict[int, dict]: # phase -> its metrics, in order
 @patch
 def predictions(self:RunFolder, number:int)->pl.DataFrame:
     "The predictions of a phase on validation and test days"
-    return pl.read_parquet(self.predictions_path(number))
+    return pl.read_parquet(self.predictions_path(number), glob=False)
 
 @patch
 def hold(self:RunFolder):

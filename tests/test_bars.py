@@ -417,7 +417,9 @@ def with_flaws(codes, days):
     table = bars(codes, days, seed=5)
     dates = table['date'].unique().sort()
     day = pl.col('date')
-    lives = ((pl.col('code') != 'C01') | (day >= dates[days-25])) & ((pl.col('code') != 'C02') | (day <= dates[days-30]))
+    begins = (pl.col('code') != 'C01') | (day >= dates[days-25])
+    ends = (pl.col('code') != 'C02') | (day <= dates[days-30])
+    lives = begins & ends
     pause = (pl.col('code') == 'C03') & day.is_between(dates[days-90], dates[days-12])
     row = pl.int_range(pl.len())
     table = table.filter(lives & ~pause).with_columns(

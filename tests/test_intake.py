@@ -284,7 +284,8 @@ REFUSED = { # what a table has: the table, what is told, what the line says
     'differing rows': (pl.concat([PLAIN, with_column(close=9.)]), {}, '7203 has more than one row on 2024-01-02'),
     'no rows': (PLAIN[:0], {}, 'no rows'),
     'a matrix of numbers': (MATRIX, dict(wide='close'), 'numbers for codes, 50'),
-    'a matrix of another': (PLAIN.pivot('code', index='date', values='close'), dict(wide='open'), 'wide=open is none of'),
+    'a matrix of another': (
+        PLAIN.pivot('code', index='date', values='close'), dict(wide='open'), 'wide=open is none of'),
     'two columns of one name': (pd.concat([FRAME, FRAME[['close']]], axis=1), {}, "more than one column 'close'"),
     'an index beside its column': (FRAME.set_index('code', drop=False).assign(code='A'), {}, 'both named'),
     'no table': ({'close': [1.]}, {}, 'a dict is no table'),
@@ -316,8 +317,11 @@ SPOILT_TEXT = {
     'a row cut off': ('b.csv', b'date,code,close\n2024-01-02,A,1\n2024-01-03,00', 'its last row is short'),
     'a name twice': ('b.csv', b'date,code,close,close\n', "more than one column 'close'"),
     'not UTF-8': ('b.csv', b'date,code,close\n2024-01-02,\x83,1\n', 'cannot be read'),
-    'another separator': ('b.csv', b'date;code;close\n2024-01-02;A;1\n', "no column 'date' (found date;code;close)"),
-    'cut off and packed': ('b.csv.gz', gzip.compress(b'date,code,close\n2024-01-02,A,1\n'*99)[:-9], 'is cut off or not CSV')}
+    'another separator': (
+        'b.csv', b'date;code;close\n2024-01-02;A;1\n', "no column 'date' (found date;code;close)"),
+    'cut off and packed': (
+        'b.csv.gz', gzip.compress(b'date,code,close\n2024-01-02,A,1\n'*99)[:-9],
+        'is cut off or not CSV')}
 
 
 @pytest.mark.parametrize('what', SPOILT)
