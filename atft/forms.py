@@ -8,6 +8,7 @@ __all__ = ['SUFFIXES', 'FAILURES', 'PRICE_NAMES', 'Part', 'stem_of', 'first_line
 # %% ../nbs/00s_forms.ipynb #imports
 import os
 from collections import Counter
+from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
@@ -16,13 +17,14 @@ import polars as pl
 import pyarrow as pa
 
 from .core import AtftError
+from .places import Place, not_there, place, scan_parquet, together, trouble_with
 
 # %% ../nbs/00s_forms.ipynb #Part
 class Part(NamedTuple):
     "A table that came in, or one file of it"
     where:str          # path of the file, or 'the table'
     table:pl.LazyFrame
-    file:Path|None     # None: a table in memory
+    file:Path|Place|None # None: a table in memory
     folders:dict       # what the names of its folders say: {'year': '2020'}
     is_text:bool       # every value is text, because the file holds nothing else
 
@@ -36,7 +38,7 @@ def _kind_of(file):
     return kinds[0] if kinds else None
 
 def stem_of(
-    file:Path,
+    file:Path|Place,
 )->str:
     "A file's name without what tells its kind: 7203.T of 7203.T.csv.gz"
     endings = [suffix for suffix in SUFFIXES if file.name.lower().endswith(suffix)]
@@ -56,6 +58,14 @@ def _scan(path, kind):
             return pl.from_arrow(pa.ipc.open_stream(f).read_all()).lazy()
     return pl.scan_ipc(path, glob=False, hive_partitioning=False)
 
+def _scan_place(file, kind):
+    "A file in a store: Parquet stays there, the other kinds are held in memory"
+    if kind == 'Parquet': return scan_parquet(file)
+    content = file.read_bytes()
+    if kind == 'CSV': return pl.scan_csv(BytesIO(content), infer_schema=False)
+    if content.startswith(b'ARROW1'): return pl.read_ipc(BytesIO(content)).lazy()
+    return pl.from_arrow(pa.ipc.open_stream(content).read_all()).lazy()
+
 def first_line(
     error:BaseException,
 )->str:
@@ -71,8 +81,9 @@ def _twice_named(names):
 
 def _is_cut(path, columns):
     "Does a CSV file end within a row?"
-    with open(path, 'rb') as f:
-        f.seek(max(0, path.stat().st_size-65_536))
+    with path.open('rb') as f:
+        size = f.seek(0, os.SEEK_END)
+        f.seek(max(0, size-65_536))
         tail = f.read()
     if path.name.lower().endswith('.gz') or tail.endswith((b'\n', b'\r')): return False
     return tail.splitlines()[-1].count(b',') < columns-1
@@ -92,29 +103,29 @@ def _open(path, kind, name):
     try:
         if not path.stat().st_size:
             raise AtftError(f'{name}: {path} is an empty file; remove it or write it again')
-        table = _scan(path, kind)
+        table = _scan_place(path, kind) if isinstance(path, Place) else _scan(path, kind)
         names = table.collect_schema().names()
     except FAILURES as e:
-        raise AtftError(f'{name}: {path} is cut off or not {kind} ({first_line(e)}); '
-                        'write it again') from None
+        raise AtftError(f'{name}: {trouble_with(path, e, kind)}') from None
     return _checked_csv(table, path, names, name) if kind == 'CSV' else table
 
 # %% ../nbs/00s_forms.ipynb #_files_below
 def _walk(folder):
-    "Every file below a folder, each place once, also behind links"
+    "Every file below a folder, each folder once, also behind links"
     seen = set()
     for root, folders, names in os.walk(folder, followlinks=True):
-        place = os.path.realpath(root)
-        if place in seen:
+        real = os.path.realpath(root)
+        if real in seen:
             folders.clear()
             continue
-        seen.add(place)
+        seen.add(real)
         yield from (Path(root)/name for name in names)
 
 def _files_below(folder, name, counts):
     "The tables of a folder: {file: kind}"
     found = {}
-    for file in sorted(_walk(folder)):
+    there = folder.files_below() if isinstance(folder, Place) else sorted(_walk(folder))
+    for file in there:
         if any(part.startswith('.') for part in file.relative_to(folder).parts):
             counts['hidden files left out'] += 1
         elif _kind_of(file) is None:
@@ -141,7 +152,7 @@ def _folders_of(file, folder):
 # %% ../nbs/00s_forms.ipynb #_from_path
 def _kind_inside(file, name):
     "The kind of a file whose name does not tell it"
-    with open(file, 'rb') as f:
+    with file.open('rb') as f:
         start = f.read(6)
     if start[:4] == b'PAR1': return 'Parquet'
     if start == b'ARROW1': return 'Arrow'
@@ -151,13 +162,17 @@ def _kind_inside(file, name):
 def _part_of(file, kind, folders, name):
     return Part(str(file), _open(file, kind, name), file, folders, kind == 'CSV')
 
+def _from_folder(folder, name, counts):
+    "A part for each file of the folder"
+    kinds = _files_below(folder, name, counts)
+    def part(file): return _part_of(file, kinds[file], _folders_of(file, folder), name)
+    return together(part, list(kinds))
+
 def _from_path(path, name, counts):
     "A part for the file, or for each file of the folder"
-    if path.is_dir():
-        files = _files_below(path, name, counts)
-        return [_part_of(f, kind, _folders_of(f, path), name) for f, kind in files.items()]
+    if path.is_dir(): return _from_folder(path, name, counts)
     if not path.exists():
-        raise AtftError(f'{name}: {path} does not exist; check the path')
+        raise AtftError(f'{name}: {not_there(path)}')
     return [_part_of(path, _kind_of(path) or _kind_inside(path, name), {}, name)]
 
 # %% ../nbs/00s_forms.ipynb #_stacked
@@ -250,14 +265,14 @@ def _in_memory(source, name, wanted, counts):
     return pl.from_arrow(pa.table(source)).lazy()
 
 def parts_of(
-    source,             # path of a file or folder; a polars, pandas or arrow table
+    source,             # path or URL of a file or folder; a polars, pandas or arrow table
     name:str,           # who asks, as a refusal will begin
     counts:Counter,     # what was left out is counted here
     wanted:set|None=None, # the columns that will be needed; None: all
 )->list[Part]:          # nothing is read yet
     "Whatever holds a table, as lazy tables that know where they came from"
-    if isinstance(source, (str, os.PathLike)):
-        return _from_path(Path(source), name, counts)
+    if isinstance(source, (str, os.PathLike, Place)):
+        return _from_path(place(source), name, counts)
     try:
         table = _in_memory(source, name, wanted, counts)
         table.collect_schema()
