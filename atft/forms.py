@@ -134,7 +134,7 @@ def _files_below(folder, name, counts):
             found[file] = _kind_of(file)
     first = {kind: file for file, kind in reversed(found.items())}
     if len(first) > 1:
-        one, other = sorted(first.values())[:2]
+        one, other = sorted(first.values(), key=list(found).index)[:2]
         raise AtftError(f'{name}: {folder} holds two kinds of tables, {one.name} and {other.name}; '
                         'give each kind a folder of its own')
     if not found:
