@@ -306,7 +306,7 @@ def bars_panel(
     if spec.features is not None: _check_features(spec.features)
     _targets(PanelSpec(('x',), spec.horizons).labels)
     recipe = _bars_recipe(source, cache, spec)
-    name = Path(source).stem if isinstance(source, (str, Path)) else 'table'
+    name = Path(source).name if isinstance(source, (str, Path)) else 'table'
     if out is None:
         return cached_panel(cache, name, recipe,
                             lambda folder: _make_panel(source, spec, folder, name, recipe))

@@ -86,20 +86,51 @@ def _checked_csv(table, path, names, name):
         raise AtftError(f'{name}: {path} is cut off: its last row is short; write it again')
     return table.rename({c: c.strip() for c in names if c != c.strip()})
 
+# %% ../nbs/00s_forms.ipynb #_of_download
+PRICE_NAMES = {'open', 'high', 'low', 'close', 'volume', 'adj close'}
+
+def _is_download(rows):
+    "Do three rows name the fields, the tickers and the index?"
+    if len(rows) < 3 or not rows[2][0]: return False
+    return all(rows[0][1:]) and all(rows[1][1:]) and not any(rows[2][1:])
+
+def _of_download(path, counts):
+    "The rows of a saved table with two levels of columns; None if the file is none"
+    bare = pl.scan_csv(path.absolute(), infer_schema=False, glob=False, has_header=False)
+    rows = bare.head(3).collect().rows()
+    if not _is_download(rows): return None
+    levels = [[str(value) for value in row[1:]] for row in rows[:2]]
+    known = [len(PRICE_NAMES & {value.lower() for value in level}) for level in levels]
+    fields, codes = levels if known[0] >= known[1] else reversed(levels)
+    cells = bare.slice(3)
+    columns = cells.collect_schema().names()
+    parts = []
+    for code in dict.fromkeys(codes):
+        its = {columns[i+1]: fields[i] for i, other in enumerate(codes) if other == code}
+        named = cells.select(columns[0], *its).rename({columns[0]: rows[2][0], **its})
+        parts.append(named.with_columns(code=pl.lit(code)))
+    whole = pl.concat(parts, how='diagonal')
+    filled = whole.filter(pl.any_horizontal(pl.col(sorted(set(fields))).is_not_null()))
+    size = [lazy.select(pl.len()).collect().item() for lazy in (whole, filled)]
+    counts['empty cells of the wide matrix'] += size[0]-size[1]
+    return filled
+
 # %% ../nbs/00s_forms.ipynb #_open
-def _open(path, kind, name):
+def _open(path, kind, name, counts):
     "The file as a lazy table, or one line that says what is wrong with it"
     try:
         if not path.stat().st_size:
             raise AtftError(f'{name}: {path} is an empty file; remove it or write it again')
         table = _scan(path, kind)
         names = table.collect_schema().names()
+        download = _of_download(path, counts) if kind == 'CSV' else None
     except FAILURES as e:
         raise AtftError(f'{name}: {path} is cut off or not {kind} ({first_line(e)}); '
                         'write it again') from None
+    if download is not None: return download
     return _checked_csv(table, path, names, name) if kind == 'CSV' else table
 
-# %% ../nbs/00s_forms.ipynb #_files_below
+# %% ../nbs/00s_forms.ipynb #_walk
 def _walk(folder):
     "Every file below a folder, each place once, also behind links"
     seen = set()
@@ -111,6 +142,7 @@ def _walk(folder):
         seen.add(place)
         yield from (Path(root)/name for name in names)
 
+# %% ../nbs/00s_forms.ipynb #_files_below
 def _files_below(folder, name, counts):
     "The tables of a folder: {file: kind}"
     found = {}
@@ -148,21 +180,19 @@ def _kind_inside(file, name):
     raise AtftError(f'{name}: {file} is no table that is known; give .parquet, .csv, .csv.gz, '
                     '.arrow or .feather')
 
-def _part_of(file, kind, folders, name):
-    return Part(str(file), _open(file, kind, name), file, folders, kind == 'CSV')
+def _part_of(file, kind, folders, name, counts):
+    return Part(str(file), _open(file, kind, name, counts), file, folders, kind == 'CSV')
 
 def _from_path(path, name, counts):
     "A part for the file, or for each file of the folder"
     if path.is_dir():
         files = _files_below(path, name, counts)
-        return [_part_of(f, kind, _folders_of(f, path), name) for f, kind in files.items()]
+        return [_part_of(f, kind, _folders_of(f, path), name, counts) for f, kind in files.items()]
     if not path.exists():
         raise AtftError(f'{name}: {path} does not exist; check the path')
-    return [_part_of(path, _kind_of(path) or _kind_inside(path, name), {}, name)]
+    return [_part_of(path, _kind_of(path) or _kind_inside(path, name), {}, name, counts)]
 
 # %% ../nbs/00s_forms.ipynb #_stacked
-PRICE_NAMES = {'open', 'high', 'low', 'close', 'volume', 'adj close'}
-
 def _stacked(frame, name, wanted, counts):
     "Columns of (field, code) as rows of codes"
     known = PRICE_NAMES | {c.lower() for c in wanted}
@@ -170,8 +200,8 @@ def _stacked(frame, name, wanted, counts):
     values = [{str(v).lower() for v in frame.columns.get_level_values(at)} for at in levels]
     fields = [at for at in levels if values[at] & known]
     if len(values) != 2 or len(fields) != 1:
-        raise AtftError(f'{name}: columns in {len(values)} levels, {len(fields)} of them with names '
-                        'of prices; give two: fields and codes')
+        raise AtftError(f'{name}: columns in {len(values)} levels, {len(fields)} of them with '
+                        'names of prices; give two: fields and codes')
     index = [frame.index.names[0] or 'date', 'code']
     with_empty = frame.stack(level=1-fields[0], future_stack=True)
     stacked = with_empty.rename_axis(index=index, columns=None).dropna(how='all')
@@ -232,11 +262,11 @@ def _from_pandas(frame, name, wanted, counts):
         arrays[str(column)] = _array_of(frame[column], name, is_wanted)
     return pl.from_arrow(pa.table(arrays)).lazy()
 
-# %% ../nbs/00s_forms.ipynb #parts_of
+# %% ../nbs/00s_forms.ipynb #_in_memory
 def _is_pandas(kind):
     "Is it pandas' own table, or one made of it? Asked without loading pandas"
-    homes = [base.__module__.partition('.')[0] for base in kind.__mro__ if base.__name__ == 'DataFrame']
-    return 'pandas' in homes
+    tables = [base.__module__ for base in kind.__mro__ if base.__name__ == 'DataFrame']
+    return any(module.partition('.')[0] == 'pandas' for module in tables)
 
 def _in_memory(source, name, wanted, counts):
     if isinstance(source, pl.LazyFrame): return source
@@ -249,6 +279,7 @@ def _in_memory(source, name, wanted, counts):
                         'give a path, polars, pandas or arrow')
     return pl.from_arrow(pa.table(source)).lazy()
 
+# %% ../nbs/00s_forms.ipynb #parts_of
 def parts_of(
     source,             # path of a file or folder; a polars, pandas or arrow table
     name:str,           # who asks, as a refusal will begin
