@@ -277,7 +277,7 @@ def _keep_history(folder, bars, found):
             table.write_parquet(temp)
 
 # %% ../nbs/00c_bars.ipynb #_make_panel
-def _make_panel(source, spec, target, name, recipe):
+def _make_panel(source, spec, target, name, recipe, show=True):
     "Make the panel of some bars in a folder, and say what was found"
     beside = read_beside(spec)
     asked = _check_asked(spec, beside)
@@ -290,7 +290,7 @@ def _make_panel(source, spec, target, name, recipe):
     panel = write_panel(table, target, asked, source=line, recipe=recipe, findings=findings,
                         made=_options_of(spec))
     # beside the results: what a command prints is its own
-    print('\n'.join(findings_lines(panel.findings)), file=sys.stderr)
+    if show: print('\n'.join(findings_lines(panel.findings)), file=sys.stderr)
     return panel
 
 # %% ../nbs/00c_bars.ipynb #bars_panel
@@ -299,6 +299,7 @@ def bars_panel(
     cache:str|Path='runs/cache', # where made panels are kept
     out:str|Path|None=None,      # a folder of its own for the panel, instead of the cache
     spec:BarsSpec|None=None,     # how it is made
+    show:bool=True,              # say what was found when it is made
     **options,                   # or fields of `BarsSpec`
 )->Panel:
     "The panel made of bars, found again if these bars gave it before"
@@ -309,10 +310,10 @@ def bars_panel(
     name = Path(source).name if isinstance(source, (str, Path)) else 'table'
     if out is None:
         return cached_panel(cache, name, recipe,
-                            lambda folder: _make_panel(source, spec, folder, name, recipe))
+                            lambda folder: _make_panel(source, spec, folder, name, recipe, show))
     out = Path(out)
     if (out/'panel.json').exists() and _panel_json(out).get('recipe') == recipe: return Panel(out)
-    return _make_panel(source, spec, out, name, recipe)
+    return _make_panel(source, spec, out, name, recipe, show)
 
 # %% ../nbs/00c_bars.ipynb #_panel_of_shards
 def _panel_of_shards(folder, cache, skip_damaged):
@@ -361,3 +362,8 @@ def open_panel(
     options['reading'] = _with_columns(options.get('reading', Reading()), columns)
     more = dict(scale=scale, features=features, horizons=horizons)
     return bars_panel(folder, cache, **more, **options)
+
+# %% ../nbs/00c_bars.ipynb #from-a-terminal-2
+if __name__ == '__main__' and '__file__' in globals():  # a notebook has no __file__
+    from atft.door import main
+    main()
