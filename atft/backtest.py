@@ -23,7 +23,7 @@ from tqdm import tqdm
 from .core import AtftError
 from .intervals import bootstrap_interval
 from .predictions import dense, load_predictions
-from .prices import Market, market_of, one_day
+from .prices import market_of, one_day
 from .sessions import sessions_per_year
 
 # %% ../nbs/04c_backtest.ipynb #_check_number

@@ -13,7 +13,7 @@ import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, fields, replace
 from io import BytesIO
-from pathlib import Path, PurePath
+from pathlib import Path
 
 import polars as pl
 
@@ -281,7 +281,7 @@ def _keep_history(folder, bars, found):
         write_parquet(table, folder/f'history/{name}.parquet')
 
 # %% ../nbs/00c_bars.ipynb #_make_panel
-def _make_panel(source, spec, target, name, recipe):
+def _make_panel(source, spec, target, name, recipe, show=True):
     "Make the panel of some bars in a folder, and say what was found"
     beside = read_beside(spec)
     asked = _check_asked(spec, beside)
@@ -294,7 +294,7 @@ def _make_panel(source, spec, target, name, recipe):
     panel = write_panel(table, target, asked, source=line, recipe=recipe, findings=findings,
                         made=_options_of(spec))
     # beside the results: what a command prints is its own
-    print('\n'.join(findings_lines(panel.findings)), file=sys.stderr)
+    if show: print('\n'.join(findings_lines(panel.findings)), file=sys.stderr)
     return panel
 
 # %% ../nbs/00c_bars.ipynb #bars_panel
@@ -303,6 +303,7 @@ def bars_panel(
     cache:str|Path='runs/cache', # where made panels are kept
     out:str|Path|Place|None=None,# a folder or URL of its own for the panel, instead of the cache
     spec:BarsSpec|None=None,     # how it is made
+    show:bool=True,              # say what was found when it is made
     **options,                   # or fields of `BarsSpec`
 )->Panel:
     "The panel made of bars, found again if these bars gave it before"
@@ -310,13 +311,13 @@ def bars_panel(
     if spec.features is not None: _check_features(spec.features)
     _targets(PanelSpec(('x',), spec.horizons).labels)
     recipe = _bars_recipe(source, cache, spec)
-    name = PurePath(place(source).name).stem if _is_path(source) else 'table'
+    name = place(source).name if _is_path(source) else 'table'
     if out is None:
         return cached_panel(cache, name, recipe,
-                            lambda folder: _make_panel(source, spec, folder, name, recipe))
+                            lambda folder: _make_panel(source, spec, folder, name, recipe, show))
     out = place(out)
     if (out/'panel.json').exists() and _panel_json(out).get('recipe') == recipe: return Panel(out)
-    return _make_panel(source, spec, out, name, recipe)
+    return _make_panel(source, spec, out, name, recipe, show)
 
 # %% ../nbs/00c_bars.ipynb #_panel_of_shards
 def _panel_of_shards(folder, cache, skip_damaged):
@@ -365,3 +366,8 @@ def open_panel(
     options['reading'] = _with_columns(options.get('reading', Reading()), columns)
     more = dict(scale=scale, features=features, horizons=horizons)
     return bars_panel(folder, cache, **more, **options)
+
+# %% ../nbs/00c_bars.ipynb #from-a-terminal-2
+if __name__ == '__main__' and '__file__' in globals():  # a notebook has no __file__
+    from atft.door import main
+    main()

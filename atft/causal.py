@@ -112,21 +112,29 @@ WARN = .9           # and from which on it is said
 FEWEST_ROWS = 50    # below, a correlation says nothing
 FEWEST_EQUAL = 8    # below, equal numbers say nothing
 
+def _of_days(table, spec, days):
+    "The rows of some days of a table that is sorted by date"
+    date = table[spec.date]
+    first = date.search_sorted(days, side='left')
+    after = date.search_sorted(days, side='right')
+    return pl.concat([table[a:b] for a, b in zip(first, after)])
+
 def _returns_after(table, spec, days, picked, step):
     "Each code's return some sessions after the days that are looked at"
     later = pl.DataFrame({spec.date: days.gather(picked), 'later': days.gather(picked+step)})
-    found = table.filter(pl.col(spec.date).is_in(later['later'].implode()))
+    found = _of_days(table.select(spec.date, spec.code, spec.ret), spec, later['later'])
     after = found.select(pl.col(spec.date).alias('later'), spec.code,
                          pl.col(spec.ret).alias(f'ahead {step}'))
     return after.join(later, on='later').drop('later')
 
 def _sample(table, spec):
     "Rows of some days, with the code's returns of the next sessions"
+    if not table[spec.date].is_sorted(): table = table.sort(spec.date)
     days = table[spec.date].unique().sort()
     last = len(days)-1-AHEAD
     if last < 0: return table.clear().with_columns(pl.lit(0.).alias('ahead 1'))
     picked = np.unique(np.linspace(0, last, LEAK_DAYS).astype(int))
-    rows = table.filter(pl.col(spec.date).is_in(days.gather(picked).implode()))
+    rows = _of_days(table, spec, days.gather(picked))
     rows = rows.gather_every(max(1, -(-len(rows)//LEAK_ROWS)))
     for step in range(1, AHEAD+1):
         after = _returns_after(table, spec, days, picked, step)

@@ -284,8 +284,8 @@ def _attribution(report):
 
 def _sections(report):
     "Everything below the head"
-    return ['## The data', *data_of(report.result),
-            *_ranking(report), *_steps(report), *_reach(report), *_profit(report),
+    return ['## The data', *data_of(report.result), *_ranking(report), *_steps(report),
+            *_reach(report), *_profit(report),
             '## With everything in mind that was tried', *tried(report.result, report.frames),
             *_attribution(report), '## What to keep in mind', f'{CAVEATS} {report.terms}']
 

@@ -47,9 +47,17 @@ def stem_of(
 # %% ../nbs/00s_forms.ipynb #_scan
 FAILURES = (pl.exceptions.PolarsError, OSError, pa.ArrowException, pl.exceptions.PanicException)
 
+def _source_of(path, kind):
+    "What polars reads: a path, or the bytes of a file in a store, whose Parquet stays there"
+    if not isinstance(path, Place): return path.absolute()
+    return path if kind == 'Parquet' else path.read_bytes()
+
+def _scan_csv(source, **how):
+    held = BytesIO(source) if isinstance(source, bytes) else source
+    return pl.scan_csv(held, infer_schema=False, glob=False, **how)
+
 def _scan(path, kind):
-    path = path.absolute()
-    if kind == 'CSV': return pl.scan_csv(path, infer_schema=False, glob=False)
+    if kind == 'CSV': return _scan_csv(path)
     if kind == 'Parquet': return pl.scan_parquet(path, glob=False, hive_partitioning=False)
     with open(path, 'rb') as f:
         is_stream = f.read(6) != b'ARROW1'
@@ -58,11 +66,10 @@ def _scan(path, kind):
             return pl.from_arrow(pa.ipc.open_stream(f).read_all()).lazy()
     return pl.scan_ipc(path, glob=False, hive_partitioning=False)
 
-def _scan_place(file, kind):
-    "A file in a store: Parquet stays there, the other kinds are held in memory"
-    if kind == 'Parquet': return scan_parquet(file)
-    content = file.read_bytes()
-    if kind == 'CSV': return pl.scan_csv(BytesIO(content), infer_schema=False)
+def _scan_stored(content, kind):
+    "A file in a store, from `_source_of`"
+    if kind == 'Parquet': return scan_parquet(content)
+    if kind == 'CSV': return _scan_csv(content)
     if content.startswith(b'ARROW1'): return pl.read_ipc(BytesIO(content)).lazy()
     return pl.from_arrow(pa.ipc.open_stream(content).read_all()).lazy()
 
@@ -97,19 +104,51 @@ def _checked_csv(table, path, names, name):
         raise AtftError(f'{name}: {path} is cut off: its last row is short; write it again')
     return table.rename({c: c.strip() for c in names if c != c.strip()})
 
+# %% ../nbs/00s_forms.ipynb #_of_download
+PRICE_NAMES = {'open', 'high', 'low', 'close', 'volume', 'adj close'}
+
+def _is_download(rows):
+    "Do three rows name the fields, the tickers and the index?"
+    if len(rows) < 3 or not rows[2][0]: return False
+    return all(rows[0][1:]) and all(rows[1][1:]) and not any(rows[2][1:])
+
+def _of_download(source, counts):
+    "The rows of a saved table with two levels of columns; None if the file is none"
+    bare = _scan_csv(source, has_header=False)
+    rows = bare.head(3).collect().rows()
+    if not _is_download(rows): return None
+    levels = [[str(value) for value in row[1:]] for row in rows[:2]]
+    known = [len(PRICE_NAMES & {value.lower() for value in level}) for level in levels]
+    fields, codes = levels if known[0] >= known[1] else reversed(levels)
+    cells = bare.slice(3)
+    columns = cells.collect_schema().names()
+    parts = []
+    for code in dict.fromkeys(codes):
+        its = {columns[i+1]: fields[i] for i, other in enumerate(codes) if other == code}
+        named = cells.select(columns[0], *its).rename({columns[0]: rows[2][0], **its})
+        parts.append(named.with_columns(code=pl.lit(code)))
+    whole = pl.concat(parts, how='diagonal')
+    filled = whole.filter(pl.any_horizontal(pl.col(sorted(set(fields))).is_not_null()))
+    size = [lazy.select(pl.len()).collect().item() for lazy in (whole, filled)]
+    counts['empty cells of the wide matrix'] += size[0]-size[1]
+    return filled
+
 # %% ../nbs/00s_forms.ipynb #_open
-def _open(path, kind, name):
+def _open(path, kind, name, counts):
     "The file as a lazy table, or one line that says what is wrong with it"
     try:
         if not path.stat().st_size:
             raise AtftError(f'{name}: {path} is an empty file; remove it or write it again')
-        table = _scan_place(path, kind) if isinstance(path, Place) else _scan(path, kind)
+        source = _source_of(path, kind)
+        table = _scan_stored(source, kind) if isinstance(path, Place) else _scan(source, kind)
         names = table.collect_schema().names()
+        download = _of_download(source, counts) if kind == 'CSV' else None
     except FAILURES as e:
         raise AtftError(f'{name}: {trouble_with(path, e, kind)}') from None
+    if download is not None: return download
     return _checked_csv(table, path, names, name) if kind == 'CSV' else table
 
-# %% ../nbs/00s_forms.ipynb #_files_below
+# %% ../nbs/00s_forms.ipynb #_walk
 def _walk(folder):
     "Every file below a folder, each folder once, also behind links"
     seen = set()
@@ -121,6 +160,7 @@ def _walk(folder):
         seen.add(real)
         yield from (Path(root)/name for name in names)
 
+# %% ../nbs/00s_forms.ipynb #_files_below
 def _files_below(folder, name, counts):
     "The tables of a folder: {file: kind}"
     found = {}
@@ -159,25 +199,27 @@ def _kind_inside(file, name):
     raise AtftError(f'{name}: {file} is no table that is known; give .parquet, .csv, .csv.gz, '
                     '.arrow or .feather')
 
-def _part_of(file, kind, folders, name):
-    return Part(str(file), _open(file, kind, name), file, folders, kind == 'CSV')
+def _part_of(file, kind, folders, name, counts):
+    return Part(str(file), _open(file, kind, name, counts), file, folders, kind == 'CSV')
 
 def _from_folder(folder, name, counts):
     "A part for each file of the folder"
     kinds = _files_below(folder, name, counts)
-    def part(file): return _part_of(file, kinds[file], _folders_of(file, folder), name)
-    return together(part, list(kinds))
+    def part(file):
+        own = Counter()
+        return _part_of(file, kinds[file], _folders_of(file, folder), name, own), own
+    found = together(part, list(kinds))
+    for _, own in found: counts.update(own)
+    return [part for part, _ in found]
 
 def _from_path(path, name, counts):
     "A part for the file, or for each file of the folder"
     if path.is_dir(): return _from_folder(path, name, counts)
     if not path.exists():
         raise AtftError(f'{name}: {not_there(path)}')
-    return [_part_of(path, _kind_of(path) or _kind_inside(path, name), {}, name)]
+    return [_part_of(path, _kind_of(path) or _kind_inside(path, name), {}, name, counts)]
 
 # %% ../nbs/00s_forms.ipynb #_stacked
-PRICE_NAMES = {'open', 'high', 'low', 'close', 'volume', 'adj close'}
-
 def _stacked(frame, name, wanted, counts):
     "Columns of (field, code) as rows of codes"
     known = PRICE_NAMES | {c.lower() for c in wanted}
@@ -185,8 +227,8 @@ def _stacked(frame, name, wanted, counts):
     values = [{str(v).lower() for v in frame.columns.get_level_values(at)} for at in levels]
     fields = [at for at in levels if values[at] & known]
     if len(values) != 2 or len(fields) != 1:
-        raise AtftError(f'{name}: columns in {len(values)} levels, {len(fields)} of them with names '
-                        'of prices; give two: fields and codes')
+        raise AtftError(f'{name}: columns in {len(values)} levels, {len(fields)} of them with '
+                        'names of prices; give two: fields and codes')
     index = [frame.index.names[0] or 'date', 'code']
     with_empty = frame.stack(level=1-fields[0], future_stack=True)
     stacked = with_empty.rename_axis(index=index, columns=None).dropna(how='all')
@@ -247,11 +289,11 @@ def _from_pandas(frame, name, wanted, counts):
         arrays[str(column)] = _array_of(frame[column], name, is_wanted)
     return pl.from_arrow(pa.table(arrays)).lazy()
 
-# %% ../nbs/00s_forms.ipynb #parts_of
+# %% ../nbs/00s_forms.ipynb #_in_memory
 def _is_pandas(kind):
     "Is it pandas' own table, or one made of it? Asked without loading pandas"
-    homes = [base.__module__.partition('.')[0] for base in kind.__mro__ if base.__name__ == 'DataFrame']
-    return 'pandas' in homes
+    tables = [base.__module__ for base in kind.__mro__ if base.__name__ == 'DataFrame']
+    return any(module.partition('.')[0] == 'pandas' for module in tables)
 
 def _in_memory(source, name, wanted, counts):
     if isinstance(source, pl.LazyFrame): return source
@@ -264,6 +306,7 @@ def _in_memory(source, name, wanted, counts):
                         'give a path, polars, pandas or arrow')
     return pl.from_arrow(pa.table(source)).lazy()
 
+# %% ../nbs/00s_forms.ipynb #parts_of
 def parts_of(
     source,             # path or URL of a file or folder; a polars, pandas or arrow table
     name:str,           # who asks, as a refusal will begin

@@ -56,6 +56,7 @@ def _check_strengths(spec):
 
 # %% ../nbs/01_graph.ipynb #GraphSpec
 _IN_A_RUN = dict(flat='graph_lookback')  # a run's network has a lookback too
+_AS_EDGES = dict(flat='sector_edges') # a run's `sectors` is a file
 
 @dataclass(frozen=True)
 class GraphSpec:
@@ -67,7 +68,7 @@ class GraphSpec:
     demean:bool = False    # subtract each day's mean over the codes first: the market's move
     halflife:float|None = None # days after which a day weighs half; None: all days alike
     shrinkage:float = 0.   # correlations are multiplied by 1 - shrinkage, shrunk to the identity
-    sectors:bool = False   # a second edge attribute: 1 where both have the same sector that day
+    sectors:bool = field(default=False, metadata=_AS_EDGES) # a second attribute: 1 within a sector
 
     def __post_init__(self):
         _check_days(self)

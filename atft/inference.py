@@ -28,6 +28,7 @@ from .correlation import rank_ic
 from .data import (
     OnlineRobustScaler, ParquetStockIterableDataset, Split, make_loader, split_days)
 from .graph import CorrelationGraph, GraphCache, SectorHistory
+from .door import asked
 from .explain import explain, plot_explanation
 from .network import ATFT, OWN_PARTS, Forecast, NetworkSpec, check_part
 from .panel import Panel
@@ -79,7 +80,8 @@ def open_data(
     "The panel of a run, made from bars if that is what the folder holds"
     source = spec.source
     is_ready = source.data is None or (place(source.data)/'panel.json').exists()
-    options = {} if is_ready or not source.targets else dict(horizons=source.targets)
+    options = asked(spec.door)
+    if source.targets and not is_ready: options['horizons'] = source.targets
     return open_panel(source.data, cache, skip_damaged=source.skip_damaged, **options)
 
 # %% ../nbs/03g_inference.ipynb #split_of

@@ -69,8 +69,8 @@ def _told_names(have, part, asked):
     names = {theirs: ours for theirs, ours in asked.reading.names.items() if theirs in have}
     for theirs, ours in names.items():
         if ours in have and ours not in names:
-            raise AtftError(f'{asked.name}: {part.where}: columns names {theirs!r} as {ours!r}, which is '
-                            f'there too; tell its name as well: {ours}=other')
+            raise AtftError(f'{asked.name}: {part.where}: columns names {theirs!r} as {ours!r}, '
+                            f'which is there too; tell its name as well: {ours}=other')
     return names
 
 def _named(part, asked):
@@ -109,7 +109,8 @@ def _long(part, asked):
     codes = [c for c in schema.names() if c != date and c not in part.folders]
     are_numbers = all(schema[c].is_numeric() or schema[c] == pl.Null for c in codes)
     cells = pl.col(codes).cast(pl.Float64 if are_numbers else pl.String)
-    long = part.table.select(date, cells).unpivot(codes, index=date, variable_name=code, value_name=wide)
+    names = dict(variable_name=code, value_name=wide)
+    long = part.table.select(date, cells).unpivot(codes, index=date, **names)
     lacking = [pl.lit(None, asked.kind).alias(c) for c in asked.numbers if c != wide]
     return part._replace(table=long.with_columns(lacking))
 
@@ -119,8 +120,8 @@ def _refuse_number_labels(source, asked):
     if asked.reading.wide is None or asked.reading.codes is not None: return
     numbers = [c for c in getattr(source, 'columns', ()) if isinstance(c, Number)]
     if numbers:
-        raise AtftError(f'{asked.name}: the matrix has numbers for codes, {numbers[0]}; tell how wide '
-                        'they are: codes=4 makes 0050 of 50 (--codes 4)')
+        raise AtftError(f'{asked.name}: the matrix has numbers for codes, {numbers[0]}; tell how '
+                        'wide they are: codes=4 makes 0050 of 50 (--codes 4)')
 
 # %% ../nbs/00l_intake.ipynb #_shaped
 def _shaped(parts, asked, counts):
@@ -128,8 +129,9 @@ def _shaped(parts, asked, counts):
     found = [c for part in parts for c in [*_names_in(part), *part.folders]]
     for theirs in asked.reading.names:
         if theirs not in found:
-            raise AtftError(f'{asked.name}: columns names {theirs!r}, which {parts[0].where} has not '
-                            f'(found {_some(list(dict.fromkeys(found)))}); mend the name (--columns)')
+            there = _some(list(dict.fromkeys(found)))
+            raise AtftError(f'{asked.name}: columns names {theirs!r}, which {parts[0].where} has '
+                            f'not (found {there}); mend the name (--columns)')
     parts = [_named(part, asked) for part in parts]
     if asked.reading.wide is not None:
         if asked.reading.wide not in asked.numbers:
@@ -192,7 +194,7 @@ def _nameless(rules, asked):
     date, code = asked.keys[:2]
     return rules[date].value.is_null() | rules[code].value.is_null()
 
-# %% ../nbs/00l_intake.ipynb #_look
+# %% ../nbs/00l_intake.ipynb #_questions
 def _questions(rules, asked):
     "What one pass over a part brings back: rows, and of each rule how often it refuses or acts"
     nameless = _nameless(rules, asked)
@@ -207,12 +209,13 @@ def _questions(rules, asked):
         asks += [rows.sum().alias(f'done {i} {c}') for i, (_, rows) in enumerate(rule.done)]
     return asks
 
+# %% ../nbs/00l_intake.ipynb #_look
 def _look(parts, rules, asked):
     "The answers of each part: [{question: answer}]"
     looks = [part.table.select(_questions(r, asked)) for part, r in zip(parts, rules)]
     return [look.row(0, named=True) for look in _collected(looks, parts, asked)]
 
-# %% ../nbs/00l_intake.ipynb #_answered
+# %% ../nbs/00l_intake.ipynb #_refuse
 def _refuse(part, rules, answers, asked):
     "One line for the first column that a rule cannot read"
     schema = part.table.collect_schema()
@@ -238,9 +241,9 @@ def _once(table, asked, counts, drop_twice):
     keys = [c for c in asked.keys if c in table.collect_schema()]
     hashes = table.select(pl.struct(keys).hash()).collect(engine='streaming').to_series()
     if hashes.n_unique() == len(hashes): return table
-    twice = table.group_by(keys).len().filter(pl.col('len') > 1).select(keys).collect(engine='streaming')
-    if not len(twice): return table  # two keys with one hash
-    again = table.join(twice.lazy(), on=keys, how='semi', nulls_equal=True).collect(engine='streaming')
+    twice = table.group_by(keys).len().filter(pl.col('len') > 1).select(keys)
+    twice = twice.collect(engine='streaming').lazy()
+    again = table.join(twice, on=keys, how='semi', nulls_equal=True).collect(engine='streaming')
     differing = again.unique() if drop_twice else again
     differing = differing.filter(pl.struct(keys).is_duplicated())
     if len(differing):
@@ -253,7 +256,7 @@ def _once(table, asked, counts, drop_twice):
         raise AtftError(f'{asked.name}: {", ".join(shown)}{others}; keep one row per '
                         f'({", ".join(keys)}){hours}')
     counts['identical duplicate rows'] += len(again)-len(again.unique())
-    rest = table.join(twice.lazy(), on=keys, how='anti', nulls_equal=True)
+    rest = table.join(twice, on=keys, how='anti', nulls_equal=True)
     return pl.concat([rest, again.unique(maintain_order=True).lazy()])
 
 # %% ../nbs/00l_intake.ipynb #_one_type
@@ -269,24 +272,30 @@ def _one_type(column, kinds, parts, asked):
     raise AtftError(f'{asked.name}: {other}: column {column!r} is {distinct[1]}, in {one} it is '
                     f'{distinct[0]}; write both as one type')
 
+def _columns_of(schemas, asked):
+    "The columns of all parts, those that were asked for first"
+    found = dict.fromkeys(c for schema in schemas for c in schema)
+    ordered = [c for c in asked.wanted if c in found]
+    return ordered+[c for c in found if c not in ordered]
+
+# %% ../nbs/00l_intake.ipynb #_joined
 def _joined(parts, rules, asked):
     "All parts as one lazy table, in the order that was asked for"
     made = [part.table.select([rule.value.alias(c) for c, rule in rs.items()])
             for part, rs in zip(parts, rules)]
     schemas = [table.collect_schema() for table in made]
-    columns = list(dict.fromkeys(c for schema in schemas for c in schema))
-    ordered = [c for c in asked.wanted if c in columns]
-    columns = ordered+[c for c in columns if c not in ordered]
+    columns = _columns_of(schemas, asked)
     nothing = dict.fromkeys(columns, pl.Null)
     kinds = {c: [(nothing | dict(schema))[c] for schema in schemas] for c in columns}
     types = {c: _one_type(c, kinds[c], parts, asked) for c in columns}
     ready = []
     for table, schema in zip(made, schemas):
         have = {c: _as_it_is(c) if c in schema else pl.lit(None).alias(c) for c in columns}
-        ready.append(table.select([e if types[c] is None else e.cast(types[c]) for c, e in have.items()]))
+        cast = [e if types[c] is None else e.cast(types[c]) for c, e in have.items()]
+        ready.append(table.select(cast))
     return pl.concat(ready)
 
-# %% ../nbs/00l_intake.ipynb #_with_names
+# %% ../nbs/00l_intake.ipynb #_placed
 def _placed(table, parts, looks, asked, counts, drop_nameless):
     "The table without rows that have no date or code; refused unless they may be dropped"
     nameless = [(part.where, answers) for part, answers in zip(parts, looks) if answers['nameless']]
@@ -300,7 +309,7 @@ def _placed(table, parts, looks, asked, counts, drop_nameless):
     counts['rows without date or code'] = total
     return table.filter(pl.col(date).is_not_null() & pl.col(code).is_not_null()), first
 
-# %% ../nbs/00l_intake.ipynb #take
+# %% ../nbs/00l_intake.ipynb #Taken
 class Taken(NamedTuple):
     "What came in"
     table:pl.LazyFrame # date Date, code String, wanted numbers Float64, kept columns as they are
@@ -308,6 +317,27 @@ class Taken(NamedTuple):
     counts:dict        # what was read by a rule, left out or dropped -> how often
     examples:dict = {} # of what was dropped: up to three places
 
+def _needed(asked):
+    "The columns that pandas must hand over; None: all"
+    if asked.keep == 'all' or asked.reading.wide is not None: return None
+    theirs = {theirs for theirs, ours in asked.reading.names.items() if ours in asked.wanted}
+    return theirs | set(asked.wanted)
+
+def _read_by_rule(source, asked, counts):
+    "Parts, rules and answers; every column of every part can be read"
+    _refuse_number_labels(source, asked)
+    parts = parts_of(source, asked.name, counts, _needed(asked))
+    parts = _fetched(_shaped(parts, asked, counts), asked)
+    rules = [_rules_of(part, asked) for part in parts]
+    looks = _look(parts, rules, asked)
+    for part, rule, answers in zip(parts, rules, looks):
+        _refuse(part, rule, answers, asked)
+        _count(rule, answers, counts)
+    if not sum(answers['rows'] for answers in looks):
+        raise AtftError(f'{asked.name}: the table has no rows')
+    return parts, rules, looks
+
+# %% ../nbs/00l_intake.ipynb #take
 BAR = ('open', 'high', 'low', 'close', 'volume')
 
 def take(
@@ -324,18 +354,10 @@ def take(
     kind:type=pl.Float64,       # of the numbers
 )->Taken:
     "A table of any form, read by rule; what cannot be read is refused in one line"
-    asked = _Asked(name, reading, tuple(keys), tuple(numbers), keep, (*optional, *keys[2:]), kind)
-    _refuse_number_labels(source, asked)
+    may_lack = (*optional, *keys[2:])
+    asked = _Asked(name, reading, tuple(keys), tuple(numbers), keep, may_lack, kind)
     counts = Counter()
-    parts = parts_of(source, name, counts, _needed(asked))
-    parts = _fetched(_shaped(parts, asked, counts), asked)
-    rules = [_rules_of(part, asked) for part in parts]
-    looks = _look(parts, rules, asked)
-    for part, rule, answers in zip(parts, rules, looks):
-        _refuse(part, rule, answers, asked)
-        _count(rule, answers, counts)
-    if not sum(answers['rows'] for answers in looks):
-        raise AtftError(f'{name}: the table has no rows')
+    parts, rules, looks = _read_by_rule(source, asked, counts)
     table = _joined(parts, rules, asked)
     table, first = _placed(table, parts, looks, asked, counts, drop_nameless)
     if reading.wide is not None:
@@ -344,10 +366,3 @@ def take(
         table = _once(table, asked, counts, drop_twice)
     examples = {'rows without date or code': first} if first else {}
     return Taken(table, [p.file for p in parts if p.file], dict(+counts), examples)
-
-# %% ../nbs/00l_intake.ipynb #_needed
-def _needed(asked):
-    "The columns that pandas must hand over; None: all"
-    if asked.keep == 'all' or asked.reading.wide is not None: return None
-    theirs = {theirs for theirs, ours in asked.reading.names.items() if ours in asked.wanted}
-    return theirs | set(asked.wanted)

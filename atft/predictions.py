@@ -56,7 +56,8 @@ def _read(source, reading=Reading()):
 
 # %% ../nbs/04a_predictions.ipynb #_with_horizons
 def _refuse_horizons(values, wanted='a whole number of sessions, 1 or more'):
-    raise AtftError(f'predictions: horizon is {values[0]!r} in {len(values):,} rows; wanted {wanted}')
+    raise AtftError(f'predictions: horizon is {values[0]!r} in {len(values):,} rows; '
+                    f'wanted {wanted}')
 
 def _with_horizons(table):
     "`horizon` as Int32; names like 1d become `target_name`"
@@ -83,7 +84,8 @@ def _horizons_from_names(table):
     spans = {name: _horizon_of(name) for name in names}
     for name, sessions in spans.items():
         if name is None:
-            raise AtftError('predictions: rows have no horizon and no target_name; tell one of them')
+            raise AtftError('predictions: rows have no horizon and no target_name; '
+                            'tell one of them')
         if sessions is None:
             raise AtftError(f'predictions: the name of target {name!r} does not tell how many '
                             'sessions it spans; add a column horizon')

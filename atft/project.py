@@ -33,7 +33,7 @@ PILLARS = (
         '00_data 00a_core 00b_panel 00c_bars 00d_market 00e_project 00f_reports '
         '00g_correlation 00h_intervals 00i_targets 00j_adopted 00k_shards '
         '00l_intake 00m_sessions 00n_repairs 00o_places 00p_features 00q_causal 00r_vendors '
-        '00s_forms 00t_rules 00u_joins 00v_longer'),
+        '00s_forms 00t_rules 00u_joins 00v_longer 00w_door'),
     _pillar('graph', '60 days, k = 20,', '|corr| ≥ 0.3, cached',
         '01_graph 01a_neighbours 01b_sectors'),
     _pillar('network', 'FAN, SAN, encoder,', 'graph, heads, losses',

@@ -79,8 +79,8 @@ def _check_zone(zone):
 class Reading:
     "How a table is to be read; refuses at birth"
     columns:str|dict|None = None # theirs to ours: px_last=close,dt=date; a dict becomes that text
-    dates:str|None = None        # of text or number dates: %Y%m%d, or unit of an epoch: s, ms, us, ns
-    zone:str|None = None         # stamps are days of this zone, Asia/Tokyo; None: of the zone they carry
+    dates:str|None = None        # form of text or number dates: %Y%m%d, or of an epoch s, ms, us, ns
+    zone:str|None = None         # stamps are days of this zone, Asia/Tokyo; None: of their own
     codes:int|None = None        # width of codes given as numbers: 4 makes 0050 of 50
     wide:str|None = None         # the table is a matrix, days down and codes across, of this column
 
@@ -182,7 +182,8 @@ def _day_of_told(text, reading):
             rule = _day_of_stamp(number, 'UTC' if '%z' in form else None, reading.zone)
     unread = text.is_not_null() & number.is_null()
     done = ((f'dates parsed from text {form}', text.is_not_null()), *rule.done)
-    return Rule(rule.value, ((unread, f'dates in the form {form} that was told'), *rule.refused), done)
+    refused = ((unread, f'dates in the form {form} that was told'), *rule.refused)
+    return Rule(rule.value, refused, done)
 
 # %% ../nbs/00t_rules.ipynb #date_rule
 TEXTS = (pl.String, pl.Categorical, pl.Enum)
@@ -214,7 +215,8 @@ def code_rule(column, kind, reading):
         return _all_refused(column, 'codes as text; write them so where they are made')
     value = _text(column)
     done = (('codes with blanks around, stripped', pl.col(column).cast(pl.String) != value),)
-    refused = ((value.str.contains(r'^\d+\.0+$'), 'codes as text: this was a number with decimals'),)
+    decimals = value.str.contains(r'^\d+\.0+$')
+    refused = ((decimals, 'codes as text: this was a number with decimals'),)
     if kind.is_integer() and width is None:
         wanted = 'codes as text, or how wide they are: codes=4 makes 0050 of 50 (--codes 4)'
         return Rule(value, ((value.is_not_null(), wanted),))
@@ -223,7 +225,8 @@ def code_rule(column, kind, reading):
     wrong = digits & ((value.str.len_chars() > width) | value.str.starts_with('-'))
     filled = pl.when(digits).then(value.str.zfill(width)).otherwise(value)
     done = (*done, (f'codes filled with zeros to {width}', filled != value))
-    return Rule(filled, (*refused, (wrong, f'codes of at most {width} digits, as codes={width} says')), done)
+    too_wide = (wrong, f'codes of at most {width} digits, as codes={width} says')
+    return Rule(filled, (*refused, too_wide), done)
 
 # %% ../nbs/00t_rules.ipynb #number_rule
 def number_rule(column, kind, wanted_kind, is_text):

@@ -163,6 +163,7 @@ def claim(self:RunFolder,
     config = as_json(dict(version=CONFIG_VERSION) | config)
     if self.config_path.exists():
         old = self.read_config()
+        old['run'] = as_json(self.run().flat())  # an option that is newer than the folder: its default
         words = _differences(old, config)
         if words:
             raise AtftError(f'run folder {self.path} was made with {"; ".join(words)}; '

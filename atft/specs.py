@@ -22,10 +22,12 @@ import torch
 from fastcore.docments import docments
 
 from .core import AtftError
+from .door import DoorSpec
 from .graph import GraphSpec
 from .network import OWN_PARTS, NetworkSpec
 from .panel import as_target
 from .phase_row import HORIZONS, Phase, groups, is_number, is_whole, override
+from .places import name_of, place
 from .project import project_root
 
 # %% ../nbs/03a_specs.ipynb #handed-on
@@ -84,7 +86,7 @@ def _check_dates(spec):
 @dataclass(frozen=True)
 class DataSpec:
     "Which data a run reads, and which days train, choose and judge"
-    data:str|None = None        # folder of a panel or of OHLCV shards; None: the embedded market
+    data:str|None = None        # panel or bars: folder, file or URL; None: the embedded market
     targets:tuple[str, ...] = () # returns to predict, 1d 5d_delay1 next_oc; none: the panel's own
     skip_damaged:bool = False   # leave out damaged shards of a panel, and say which
     valid:str|None = None       # first validation day, YYYY-MM-DD; None: after 60% of the days
@@ -97,6 +99,7 @@ class DataSpec:
 
     def __post_init__(self):
         _check_places(self, 'data')
+        if self.data: object.__setattr__(self, 'data', str(name_of(self.data)))
         names = tuple(as_target(t).name for t in _as_tuple('targets', self.targets))
         if len(set(names)) < len(names):
             raise AtftError(f'targets={names!r} names one twice')
@@ -167,7 +170,8 @@ class TrainingSpec:
         _check_training(self)
 
 # %% ../nbs/03a_specs.ipynb #flat_fields
-RECORDS = dict(training=TrainingSpec, source=DataSpec, network=NetworkSpec, graph=GraphSpec)
+RECORDS = dict(
+    training=TrainingSpec, source=DataSpec, door=DoorSpec, network=NetworkSpec, graph=GraphSpec)
 
 class FlatField(NamedTuple):
     "An option of a run"
@@ -198,11 +202,19 @@ def flat_names()->dict[str, FlatField]:
     return {f.name: f for f in flat_fields()}
 
 # %% ../nbs/03a_specs.ipynb #_changes_of
+TRUTH = {'true': True, 'false': False}
+
 def _changes_of(record, flat):
     "Those of some flat options that a record holds, by the record's own names"
     known = flat_names()
     mine = {n: v for n, v in flat.items() if n in known and known[n].record == record}
     return {known[n].field: v for n, v in mine.items()}
+
+def _meant(flat):
+    "`sectors` is a file; true and false are the edges between sectors, under their older name"
+    given = str(flat.get('sectors')).lower()
+    if given not in TRUTH: return flat
+    return {k: v for k, v in flat.items() if k != 'sectors'} | dict(sector_edges=TRUTH[given])
 
 def _check_record(name, record):
     "A record of its kind; whoever gave flat options another way is told how"
@@ -224,15 +236,18 @@ class RunSpec:
     graph:GraphSpec       # which neighbours
     network:NetworkSpec   # which sizes
     training:TrainingSpec # which phases, and how
+    door:DoorSpec         # how bars become a panel
 
     def __init__(self,
         source:DataSpec|None=None,
         graph:GraphSpec|None=None,
         network:NetworkSpec|None=None,
         training:TrainingSpec|None=None,
+        door:DoorSpec|None=None,
         **flat, # options by their flat names: they change the records
     ):
-        given = dict(source=source, graph=graph, network=network, training=training)
+        given = dict(source=source, graph=graph, network=network, training=training, door=door)
+        flat = _meant(flat)
         for name, kind in RECORDS.items():
             record = kind() if given[name] is None else given[name]
             _check_record(name, record)
@@ -259,7 +274,6 @@ def _read_tuple(value, kind):
     return tuple(kind(part) for part in parts)
 
 # %% ../nbs/03a_specs.ipynb #_read
-TRUTH = {'true': True, 'false': False}
 WORDS = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'a text'}
 
 def _read(name, value, kind):
@@ -277,6 +291,7 @@ def _read(name, value, kind):
 # %% ../nbs/03a_specs.ipynb #of
 def _of(cls, **flat):
     "A run from options of any type, `None` meaning the default"
+    flat = _meant(flat)
     _refuse_unknown(flat)
     given = {name: value for name, value in flat.items() if value is not None}
     read = {name: _read(name, value, flat_names()[name].kind) for name, value in given.items()}
@@ -413,7 +428,7 @@ def _check_kept_windows(phase, windows):
 # %% ../nbs/03a_specs.ipynb #_check_start
 def _check_start(run):
     "The folder, the checkpoint and the device are there"
-    if run.data is not None and not Path(run.data).is_dir():
+    if run.data is not None and not place(run.data).exists():
         raise AtftError(f'data folder {run.data} does not exist; check the path')
     start = run.resume_checkpoint
     if start not in ('auto', 'none') and not Path(start).is_file():
@@ -425,7 +440,7 @@ def _check_start(run):
 
 # %% ../nbs/03a_specs.ipynb #check_spec
 def _usual_folder(run):
-    name = Path(run.data).resolve().name if run.data else 'embedded'
+    name = place(run.data).resolve().name if run.data else 'embedded'
     return project_root()/'runs'/name
 
 def check_spec(

@@ -417,9 +417,8 @@ def with_flaws(codes, days):
     table = bars(codes, days, seed=5)
     dates = table['date'].unique().sort()
     day = pl.col('date')
-    begins = (pl.col('code') != 'C01') | (day >= dates[days-25])
-    ends = (pl.col('code') != 'C02') | (day <= dates[days-30])
-    lives = begins & ends
+    listed = (pl.col('code') != 'C01') | (day >= dates[days-25])
+    lives = listed & ((pl.col('code') != 'C02') | (day <= dates[days-30]))
     pause = (pl.col('code') == 'C03') & day.is_between(dates[days-90], dates[days-12])
     row = pl.int_range(pl.len())
     table = table.filter(lives & ~pause).with_columns(
@@ -435,7 +434,8 @@ def test_appended_bars_give_the_panel_of_all_bars(scale, cuts, tmp_path):
     table = with_flaws(12, 500)
     dates = table['date'].unique().sort()
     edges = [0, *cuts, len(dates)]
-    parts = [table.filter(pl.col('date').is_between(dates[a], dates[b-1])) for a, b in zip(edges, edges[1:])]
+    day = pl.col('date')
+    parts = [table.filter(day.is_between(dates[a], dates[b-1])) for a, b in zip(edges, edges[1:])]
     grown = bars_panel(parts[0], tmp_path/'cache', out=tmp_path/'grows', scale=scale)
     for part in parts[1:]: grown = append_bars(grown, part)
     whole = bars_panel(table, tmp_path/'cache', scale=scale)

@@ -229,6 +229,24 @@ def test_predictions_of_any_form_are_the_plain_ones(plain, how, form):
     assert found.equals(load_predictions(plain).select(found.columns))
 
 
+def test_a_download_that_was_saved_is_the_download(tmp_path):
+    "pandas saves columns in two levels as three rows of names"
+    frame = pl.DataFrame(dict(
+        date=[DAY, DAY, DAY+datetime.timedelta(days=1)], code=['AAPL', '0050', 'AAPL'],
+        close=[1.5, 2., 3.], volume=[7., None, 9.])).with_columns(STAMP)
+    wide = frame.to_pandas().rename(columns=dict(close='Close', volume='Volume'))
+    wide = wide.pivot(index='date', columns='code').rename_axis('Date').sort_index(axis=1)
+    wide.columns.names = ['Price', 'Ticker']
+    told = Reading(columns='Date=date,Close=close,Volume=volume')
+    expected = frame.with_columns(pl.col('date').dt.date()).sort(KEYS)
+    for saved in (wide, wide.swaplevel(axis=1)):
+        saved.to_csv(tmp_path/'download.csv')
+        assert plain_of(take(saved, NUMBERS, told)).equals(expected)
+        taken = take(tmp_path/'download.csv', NUMBERS, told)
+        assert plain_of(taken).equals(expected)
+        assert taken.counts == {'empty cells of the wide matrix': 1}
+
+
 # What cannot be read right is refused in one line ---------------------------------------------
 
 PLAIN = pl.DataFrame(dict(
@@ -281,12 +299,14 @@ REFUSED = { # what a table has: the table, what is told, what the line says
     'no code': (with_column(code=pl.when(pl.col('close') > 1).then('code')), {},
                 '1 rows have no date or no code, the first is the table row 1'),
     'an empty code': (with_column(code=' '), {}, '4 rows have no date or no code'),
-    'differing rows': (pl.concat([PLAIN, with_column(close=9.)]), {}, '7203 has more than one row on 2024-01-02'),
+    'differing rows': (pl.concat([PLAIN, with_column(close=9.)]), {},
+                       '7203 has more than one row on 2024-01-02'),
     'no rows': (PLAIN[:0], {}, 'no rows'),
     'a matrix of numbers': (MATRIX, dict(wide='close'), 'numbers for codes, 50'),
-    'a matrix of another': (
-        PLAIN.pivot('code', index='date', values='close'), dict(wide='open'), 'wide=open is none of'),
-    'two columns of one name': (pd.concat([FRAME, FRAME[['close']]], axis=1), {}, "more than one column 'close'"),
+    'a matrix of another': (PLAIN.pivot('code', index='date', values='close'), dict(wide='open'),
+                            'wide=open is none of'),
+    'two columns of one name': (pd.concat([FRAME, FRAME[['close']]], axis=1), {},
+                                "more than one column 'close'"),
     'an index beside its column': (FRAME.set_index('code', drop=False).assign(code='A'), {}, 'both named'),
     'no table': ({'close': [1.]}, {}, 'a dict is no table'),
     'no file': ('nowhere.parquet', {}, 'does not exist')}
@@ -313,15 +333,15 @@ SPOILT = { # what lies among good files: its name, its bytes, what the line says
     'two kinds': ('b.csv', b'date,code,close\n', 'two kinds of tables, a.parquet and b.csv')}
 SPOILT_TEXT = {
     'empty': ('b.csv', b'', 'is an empty file'),
-    'a row too long': ('b.csv', b'date,code,close\n2024-01-02,A,1,2\n', 'cannot be read'),
-    'a row cut off': ('b.csv', b'date,code,close\n2024-01-02,A,1\n2024-01-03,00', 'its last row is short'),
+    'a row too long': ('b.csv', b'date,code,close\n2024-01-02,A,1,2\n', 'found more fields'),
+    'a row cut off': (
+        'b.csv', b'date,code,close\n2024-01-02,A,1\n2024-01-03,00', 'its last row is short'),
     'a name twice': ('b.csv', b'date,code,close,close\n', "more than one column 'close'"),
-    'not UTF-8': ('b.csv', b'date,code,close\n2024-01-02,\x83,1\n', 'cannot be read'),
+    'not UTF-8': ('b.csv', b'date,code,close\n2024-01-02,\x83,1\n', 'invalid utf-8'),
     'another separator': (
         'b.csv', b'date;code;close\n2024-01-02;A;1\n', "no column 'date' (found date;code;close)"),
     'cut off and packed': (
-        'b.csv.gz', gzip.compress(b'date,code,close\n2024-01-02,A,1\n'*99)[:-9],
-        'is cut off or not CSV')}
+        'b.csv.gz', gzip.compress(b'date,code,close\n2024-01-02,A,1\n'*99)[:-9], 'is cut off or not CSV')}
 
 
 @pytest.mark.parametrize('what', SPOILT)

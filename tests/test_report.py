@@ -1,5 +1,6 @@
 "What the report says: every branch of its sentences with made numbers, and what it is made of"
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from atft import eval as report
 from atft.backtest import Trading
 from atft.core import AtftError
 from atft.eval import alone, effect, said_rival, said_step, verdict, write_report
-from atft.judge import evaluate
+from atft.judge import compare, evaluate, evaluate_by
 from atft.market import MarketSpec, embedded_panel
 from atft.results import (
     example_run, load_run, make_frames, named, spoken_target, step_differences, trade)
@@ -167,6 +168,68 @@ def test_a_cost_of_ones_own_is_not_drawn_at_other_spreads(result):
         "Prices its own way"
     trades = trade(result, Flat(spread_bps=8), names=(result.last,), luck=False)
     assert trades.cost == 'its own costs' and list(trades.by_cost) == [4.]
+
+
+def test_a_report_says_its_data_its_year_and_compounded_returns(run, tmp_path):
+    text = write_report(run, tmp_path, baselines=('reversal_1d',)).read_text()
+    data = text[text.index('## The data'):text.index('## Rank IC')]
+    assert 'Panel(' in data and 'a year has 261 sessions' in data
+    head, _, *rows = text[text.index('|  | Sharpe gross'):].split('\n\n')[0].splitlines()
+    column = head.split('|').index(' net return a year, compounded ')
+    for line in rows[:-1]:
+        shown = re.findall(r'[+-][\d.]+(?=%)', line.split('|')[column])
+        assert shown and all(float(number) >= -100 for number in shown), line
+    assert 'have no known return and earn nothing' in text
+
+
+def test_findings_of_a_panel_are_printed_with_the_data(result):
+    many = {f'rule {i}': i for i in range(12)}
+    found = dict(rows_dropped=3, repairs=many, days=[['2024-01-06', 'A']])
+    said = report.data_of(result._replace(findings=({}, found, found)))
+    assert said[1].count('rows_dropped: 3') == 1 and 'and 2 more' in said[1]
+    assert '  - 2024-01-06 A' in said[1] and len(said) == 2
+
+
+def test_a_run_of_other_horizons_gets_a_whole_report(run, tmp_path):
+    later = tmp_path/'run'
+    shutil.copytree(run, later)
+    for path in later.glob('phase*_predictions.parquet'):
+        pl.read_parquet(path).filter(pl.col('horizon').is_in([5, 10])).write_parquet(path)
+    text = write_report(later, tmp_path, baselines=('reversal_1d',)).read_text()
+    sections = re.findall('^## (.*)$', text, re.M)
+    for wanted in ('The data', 'Rank IC on the test days', 'Deciles and costs', 'Where it lives'):
+        assert wanted in sections
+    assert 'Nothing is traded: there is no target 1d' in text and 'give prices' in text
+    assert not re.search(r'\bNone\b|\bnan\b|  \.', text[text.index('## Rank IC'):])
+
+
+def test_names_with_signs_of_other_languages_are_read_as_they_are(result, tmp_path):
+    signs = ' $a_b$ {x} 5%|_$\n^'
+    odd = result._replace(phases={n+signs: t for n, t in result.phases.items()})
+    frames = make_frames(odd)
+    for name, fig in report.plot_evaluation(odd, frames).items():
+        fig.savefig(tmp_path/f'{name}.png')
+    lines = report.rank_ic_table(frames.evaluations).splitlines()
+    assert len(lines) == 2+len(odd.everything)
+    assert len({len(re.findall(r'(?<!\\)\|', line)) for line in lines}) == 1
+
+
+def test_sectors_that_are_numbers_are_groups(result):
+    sector = pl.col('code').str.slice(-1).cast(pl.Float64)
+    table = result.phases[result.last].with_columns(
+        sector=pl.when(sector > 1).then(float('nan')).otherwise(sector+33))
+    assert evaluate_by(table, 'sector')['group'].unique().sort().to_list() == ['33', '34']
+    whole = table.with_columns(pl.col('sector').fill_nan(None).cast(pl.Int16))
+    assert evaluate_by(whole, 'sector').equals(evaluate_by(table, 'sector'))
+
+
+def test_tables_without_enough_names_are_refused(result):
+    one = result.phases[result.last].filter(pl.col('horizon') == 1)
+    with pytest.raises(AtftError, match='10 tables without names'):
+        compare(*[one]*10)
+    with pytest.raises(AtftError, match='3 tables with 2 names'):
+        compare(one, one, one, names=('x', 'y'))
+    assert len(compare(*[one]*10, names=tuple('0123456789'))) == 9
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
