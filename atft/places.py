@@ -22,7 +22,6 @@ from urllib.parse import parse_qsl, quote, unquote
 
 import polars as pl
 import pyarrow as pa
-import pyarrow.dataset as ds
 import pyarrow.fs as pf
 import pyarrow.parquet as pq
 from fastcore.basics import patch
@@ -360,6 +359,7 @@ def scan_parquet(
     several = [place(file) for file in several]
     if not isinstance(several[0], Place):
         return pl.scan_parquet(several, glob=False, hive_partitioning=False)
+    import pyarrow.dataset as ds  # here: it loads pandas, half a second that a disk does not need
     system = _inside(several[0])[0]
     names = [_inside(file)[1] for file in several]
     try:
