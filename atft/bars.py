@@ -356,7 +356,8 @@ def open_panel(
     if data is None:
         _check_unasked('the embedded market', features, horizons, options)
         return embedded_panel(cache=cache)
-    folder = check_folder(data)
+    folder = place(data)
+    if not folder.is_file(): check_folder(folder)
     if (folder/'panel.json').exists():
         _check_unasked(f'{folder} with its panel.json', features, horizons, options)
         return _panel_of_shards(folder, cache, skip_damaged)

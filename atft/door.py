@@ -17,13 +17,14 @@ from .core import AtftError
 from .intake import Reading
 from .longer import append_bars
 from .panel import Panel
+from .places import name_of
 from .repairs import findings_lines
 from .targets import PanelSpec
 
 # %% ../nbs/00w_door.ipynb #DoorSpec
 @dataclass(frozen=True)
 class DoorSpec:
-    "How bars become a panel, as it is typed; refuses at birth"
+    "How bars become a panel, as it is typed; refuses at birth; URLs without credentials"
     columns:str|None = None   # names of the columns, theirs=ours: px_last=close,dt=date
     dates:str|None = None     # form of dates in text or numbers: %Y%m%d, or the unit s, ms, us, ns
     zone:str|None = None      # stamps are days of this time zone: Asia/Tokyo
@@ -41,6 +42,9 @@ class DoorSpec:
 
     def __post_init__(self):
         _check_texts(self)
+        for name in ('sectors', 'universe', 'join'):
+            file = getattr(self, name)
+            if file: object.__setattr__(self, name, name_of(file))
         self.bars()
 
     def bars(self, horizons:tuple=PanelSpec.horizons)->BarsSpec:

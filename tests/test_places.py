@@ -16,6 +16,7 @@ from atft.adopted import adopt_panel
 from atft.backtest import backtest
 from atft.bars import bars_panel, open_panel
 from atft.core import AtftError
+from atft.door import make_panel
 from atft.data import OnlineRobustScaler, ParquetStockIterableDataset, make_loader
 from atft.intake import take
 from atft.judge import evaluate
@@ -24,6 +25,7 @@ from atft.panel import Panel, PanelSpec, append_shard, write_panel
 from atft.places import exists, name_of, place
 from atft.predictions import load_predictions
 from atft.shards import UNREAD
+from atft.specs import RunSpec
 from atft.targets import tiny_table
 
 SPEC = PanelSpec(features=('ret_1d', 'volume_z', 'constant'), horizons=(1, 5))
@@ -371,7 +373,7 @@ def test_changed_bars_in_a_store_are_other_bars(store, tmp_path):
     bars.write_csv(tmp_path/'changing.csv')
     file.upload(tmp_path/'changing.csv')
     first = bars_panel(file, tmp_path)
-    assert bars_panel(file, tmp_path).folder == first.folder
+    assert open_panel(store.url('theirs/changing.csv'), tmp_path).folder == first.folder
     bars.with_columns(close=pl.col('close')*1.001).write_csv(tmp_path/'changing.csv')
     file.upload(tmp_path/'changing.csv')
     assert bars_panel(file, tmp_path).folder != first.folder
@@ -420,3 +422,16 @@ def test_what_is_wrong_with_tables_in_a_store_is_one_line(store, tmp_path):
     table.rename(dict(close='Close')).write_parquet(tmp_path/'one')
     (folder/'named.parquet').upload(tmp_path/'one')
     assert '--columns Close=close' in refused('theirs/wrong/named.parquet')
+
+
+def test_the_command_line_takes_urls_and_writes_to_one(store, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plain_bars(3, 60).write_parquet('bars.parquet')
+    pl.DataFrame(dict(code=['0000', '0001'], sector=['banks', 'steel'])).write_csv('sectors.csv')
+    for name in ('bars.parquet', 'sectors.csv'): place(store.url(f'theirs/typed/{name}')).upload(name)
+    urls = [store.url(f'theirs/typed/{name}') for name in ('bars.parquet', 'sectors.csv')]
+    typed = make_panel([urls[0], '--out', store.url('market/typed'), '--sectors', urls[1]])
+    here = make_panel(['bars.parquet', '--out', 'panel', '--sectors', 'sectors.csv'])
+    assert typed.scan().collect().equals(here.scan().collect())
+    said = json.dumps([RunSpec(data=urls[0], sectors=urls[1]).door.sectors, capsys.readouterr().out])
+    assert KEY not in said and 'verysecret' not in said
