@@ -108,10 +108,10 @@ class Sessions:
 # %% ../nbs/00m_sessions.ipynb #session_days
 def _is_enough(rule):
     "Whether as many trade as one asks of the day"
-    of = pl.col('of')
-    scatter = (of*(1-of/pl.col('alive')).clip(0)).sqrt()
-    rare = pl.when('own').then(of-RARE*scatter)
-    asked = pl.min_horizontal(rule.share*of, rare)
+    usual = pl.col('usual')
+    scatter = (usual*(1-usual/pl.col('most')).clip(0)).sqrt()
+    rare = pl.when('own').then(usual-RARE*scatter)
+    asked = pl.min_horizontal(rule.share*pl.col('of'), rare)
     return (pl.col('traded') > 0) & (pl.col('traded') >= asked)
 
 def session_days(
@@ -120,13 +120,15 @@ def session_days(
 )->Sessions:
     "Which days are sessions of the universe"
     by_day = counted.by_day
-    days, silent = _alive(by_day['date'].to_numpy(), counted.by_code, rule.tail)
+    alive, silent = _alive(by_day['date'].to_numpy(), counted.by_code, rule.tail)
     own = _is_own_weekday(by_day['date'], counted.by_weekday)
-    alive = days+silent*np.where(own, SILENT, 1)
+    weight = np.where(own, SILENT, 1)
     # a day on which nobody traded says nothing about how many usually do
     seen = by_day.filter(pl.col('traded') > 0).select(
         'date', usual=pl.col('traded').rolling_median(rule.usual, min_samples=1))
-    days = by_day.with_columns(alive=pl.Series(alive), own=own).join(seen, on='date', how='left')
+    days = by_day.with_columns(
+        alive=pl.Series(alive+silent*weight), most=pl.Series(alive+silent), own=own)
+    days = days.join(seen, on='date', how='left')
     of = pl.min_horizontal('alive', 'usual').fill_null(pl.col('alive'))
     days = days.with_columns(of=of).with_columns(is_session=_is_enough(rule))
     days = days.with_columns(pl.col('of').floor().cast(pl.Int64))
