@@ -23,7 +23,7 @@ from .core import AtftError
 from .features import (
     SCALES, _check_features, _compare, _features_digest, _on_calendar, _return_of, _targets,
     _with_basics, ohlcv_features)
-from .forms import _files_below, parts_of
+from .forms import _files_below, parts_of, stem_of
 from .intake import Reading, Taken, take
 from .joins import Beside, check_listed, read_facts, read_sectors, read_universe
 from .market import embedded_panel
@@ -37,7 +37,7 @@ from .sessions import (
     SessionRule, check_calendars, check_daily, count_days, no_sessions, session_days, trading)
 from .shards import file_digests
 from .targets import PanelSpec, Target, as_target
-from .vendors import _split_adjust, adjusted, vendor_of, vendor_reading
+from .vendors import _split_adjust, adjusted, levels_after, vendor_of, vendor_reading
 
 # handed on
 _all_ = [BARS, RULES, SCALES, Reading, SessionRule, Target, as_target, assert_causal, count_repairs,
@@ -90,25 +90,45 @@ def _take_versions(source, numbers, spec):
     whole = take(pl.concat([t.table for t in taken]), numbers)
     return whole._replace(files=[f for t in taken for f in t.files], counts=dict(counts+Counter(whole.counts)))
 
+# %% ../nbs/00c_bars.ipynb #raw_bars
+def _check_stamps(source, spec):
+    "Hourly bars are told what a day is"
+    vendor = [n for names in vendor_of(spec.vendor).bars for n in names.items()] if spec.vendor else []
+    names = {t: o for t, o in [*vendor, *spec.reading.names.items()] if o in ('date', 'code')}
+    dated = []
+    for part in parts_of(source, 'bars', Counter(), {'date', 'code', *names}):
+        have = _names_of(part)
+        table = part.table.rename({t: o for t, o in names.items() if t in have and o not in have})
+        have = table.collect_schema().names()
+        where = stem_of(part.file) if part.file else 'the table'
+        if 'code' not in have: table = table.with_columns(code=pl.lit(where))
+        if 'date' in have: dated.append(table.select('date', 'code'))
+    check_daily(*dated, form=spec.reading.dates)
+
+def _raw_bars(source, spec):
+    "Bars of any form with the column that they are adjusted by, if any, as it is"
+    column = [_split_adjust(spec.factor)[0]] if spec.factor else []
+    numbers = tuple(dict.fromkeys([*BARS, *spec.keep, *column]))
+    try:
+        taken = _take_versions(source, numbers, spec) if spec.vendor else take(source, numbers, spec.reading)
+    except AtftError:
+        _check_stamps(source, spec)  # several bars a day are a better reason
+        raise
+    if 'identical duplicate rows' in taken.counts: _check_stamps(source, spec)
+    return taken
+
 # %% ../nbs/00c_bars.ipynb #read_bars
+def _adjusted_bars(taken, spec, before=None):
+    "The bars with prices that may be compared"
+    if not spec.factor: return taken
+    return taken._replace(table=adjusted(taken.table, spec.factor, before))
+
 def read_bars(
     source,                    # path or URL of a file or folder; a polars, pandas or arrow table
     spec:BarsSpec=BarsSpec(),
 )->Taken:                      # date, code, `BARS`, what is kept; its counts
     "Bars of any form, their prices adjusted if a factor was named"
-    if isinstance(source, (pl.DataFrame, pl.LazyFrame)): _check_stamps(source.lazy(), spec.reading)
-    column = _split_adjust(spec.factor)[0] if spec.factor else None
-    numbers = tuple(dict.fromkeys([*BARS, *spec.keep, *([column] if column else [])]))
-    taken = _take_versions(source, numbers, spec) if spec.vendor else take(source, numbers, spec.reading)
-    if not column: return taken
-    return taken._replace(table=adjusted(taken.table, spec.factor))
-
-def _check_stamps(bars, reading):
-    "Hourly bars are told what a day is"
-    names = {theirs: ours for theirs, ours in reading.names.items() if ours in ('date', 'code')}
-    have = bars.collect_schema()
-    known = bars.rename({t: o for t, o in names.items() if t in have and o not in have})
-    if {'date', 'code'} <= set(known.collect_schema()): check_daily(known)
+    return _adjusted_bars(_raw_bars(source, spec), spec)
 
 # %% ../nbs/00c_bars.ipynb #sessions_of_bars
 def sessions_of_bars(
@@ -181,22 +201,47 @@ def panel_from_ohlcv(
 def _with_columns(reading, columns):
     return replace(reading, columns=reading.names | columns) if columns else reading
 
+def _names_beside(source, name):
+    parts = parts_of(source, name, Counter(), None)
+    return list(dict.fromkeys(c for part in parts for c in _names_of(part)))
+
+def _reading_beside(spec, names, ours=('code',)):
+    "How a table beside the bars is read: its codes as those of the bars, if need be by their name"
+    vendor = [n for v in vendor_of(spec.vendor).bars for n in v.items()] if spec.vendor else []
+    told = {}
+    for theirs, our in [*vendor, *spec.reading.names.items()]:
+        is_free = our in ours and our not in names and our not in told.values()
+        if is_free and theirs in names: told[theirs] = our
+    return Reading(told, zone=spec.reading.zone, codes=spec.reading.codes)
+
 def _sectors_of(spec):
-    "Sectors by their own names, or a vendor's"
-    if not spec.vendor: return read_sectors(spec.sectors)
-    names = list(dict.fromkeys(c for p in parts_of(spec.sectors, 'sectors', Counter(), None)
-                               for c in _names_of(p)))
-    reading = vendor_reading(spec.vendor, names, what='master')
-    return read_sectors(spec.sectors, reading, ('sector', 'sector17', 'market'))
+    "Sectors by their own names, or a vendor's, each file by the version that it has"
+    names = _names_beside(spec.sectors, 'sectors')
+    reading = _reading_beside(spec, names, ('date', 'code'))
+    if not spec.vendor or 'code' in names: return read_sectors(spec.sectors, reading)
+    parts = parts_of(spec.sectors, 'sectors', Counter(), None)
+    width = Reading(codes=spec.reading.codes, zone=spec.reading.zone)
+    readings = [vendor_reading(spec.vendor, _names_of(p), width, 'master') for p in parts]
+    kept = ('sector', 'sector17', 'market')
+    if len(set(readings)) == 1: return read_sectors(spec.sectors, readings[0], kept)
+    sources = [p.table if p.file is None else p.file for p in parts]
+    return read_sectors(pl.concat([read_sectors(s, r, kept) for s, r in zip(sources, readings)]))
 
 def read_beside(
     spec:BarsSpec,
 )->Beside:
     "The tables that a panel's record names"
-    universe = None if spec.universe is None else read_universe(spec.universe)
-    facts = None if spec.join is None else read_facts(spec.join, spec.as_of)
     sectors = None if spec.sectors is None else _sectors_of(spec)
-    return Beside(universe, facts, sectors)
+    universe = None
+    facts = None
+    counts = Counter()
+    if spec.universe is not None:
+        reading = _reading_beside(spec, _names_beside(spec.universe, 'universe'), ('date', 'code'))
+        universe = read_universe(spec.universe, reading)
+    if spec.join is not None:
+        reading = _reading_beside(spec, _names_beside(spec.join, 'join'))
+        facts = read_facts(spec.join, spec.as_of, reading, counts)
+    return Beside(universe, facts, sectors, dict(+counts))
 
 # %% ../nbs/00c_bars.ipynb #_bars_recipe
 def _is_path(source): return isinstance(source, (str, Path, Place))
@@ -256,41 +301,50 @@ def bars_findings(
     out = dict(rows=rows, codes=len(found.by_code), sessions=len(found.dates), intake=dict(taken.counts))
     out['repairs'] = repairs_found(flag_bars(taken.table))
     out['no_sessions'] = no_sessions(found)
-    return out | looked_at(bars) | _beside_findings(table, bars, beside)
+    traded = bars.select(pl.len()).collect().item() if beside.universe is not None else 0
+    unknown = {c: table[c].null_count() for c in [*beside.features, *beside.kept]}
+    return out | looked_at(bars) | _beside_findings(beside, found, traded-len(table), unknown)
 
-def _beside_findings(table, bars, beside):
+def _beside_findings(beside, found, left_out, unknown):
     "Rows that are outside of the universe, or of which nothing is told"
     out = {}
     if beside.universe is not None:
-        traded = bars.select(pl.len()).collect().item()
-        days = check_listed(beside.universe, table['date'].unique())
-        out['universe'] = dict(rows_left_out=traded-len(table), days_without_list=days)
-    for c in [*beside.features, *beside.kept]:
-        out.setdefault('unknown', {})[c] = table[c].null_count()
+        days = check_listed(beside.universe, found.dates['date'])
+        out['universe'] = dict(rows_left_out=left_out, days_without_list=days)
+    if unknown: out['unknown'] = unknown
+    if beside.counts: out['beside'] = beside.counts
     return out
 
 # %% ../nbs/00c_bars.ipynb #_keep_history
 HISTORY = 330 # sessions of bars that are kept beside a panel: the features look back 255
 
-def _keep_history(folder, bars, found):
-    "The last bars, the days and the codes of a panel, for those who append to it"
+def _last_bars(bars, found):
+    "The bars of the last sessions, and of each code the last one before, if there is none among them"
     dates = found.dates['date']
-    last = bars.filter(pl.col('date') >= dates[-min(HISTORY, len(dates))]).collect()
-    kept = dict(last_bars=last.sort('date', 'code'), days=found.days, codes=found.by_code)
+    is_late = pl.col('date') >= dates[-min(HISTORY, len(dates))]
+    is_last = pl.col('date') == pl.col('date').max().over('code')
+    return bars.filter(is_late | is_last).collect().sort('date', 'code')
+
+def _keep_history(folder, bars, found, beside, levels=None):
+    "What those need who append to a panel"
+    kept = dict(last_bars=_last_bars(bars, found), days=found.days, codes=found.by_code, levels=levels)
+    kept |= {name: getattr(beside, name) for name in ('universe', 'facts', 'sectors')}
     for name, table in kept.items():
-        write_parquet(table, folder/f'history/{name}.parquet')
+        if table is not None: write_parquet(table, folder/f'history/{name}.parquet')
 
 # %% ../nbs/00c_bars.ipynb #_make_panel
 def _make_panel(source, spec, target, name, recipe, show=True):
     "Make the panel of some bars in a folder, and say what was found"
     beside = read_beside(spec)
     asked = _check_asked(spec, beside)
-    taken = read_bars(source, spec)
+    raw = _raw_bars(source, spec)
+    levels = levels_after(raw.table, spec.factor) if spec.factor else None
+    taken = _adjusted_bars(raw, spec)
     found = sessions_of_bars(taken.table, spec.sessions)
     table = _panel_table(taken.table, found, spec, beside).collect()
     findings = bars_findings(taken, found, table, beside)
     line = f'OHLCV bars of {name}, {spec.scale} features'
-    _keep_history(target, taken.table, found)
+    _keep_history(target, taken.table, found, beside, levels)
     panel = write_panel(table, target, asked, source=line, recipe=recipe, findings=findings,
                         made=_options_of(spec))
     # beside the results: what a command prints is its own

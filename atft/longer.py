@@ -11,17 +11,18 @@ from collections import Counter
 import polars as pl
 
 from .bars import (
-    BarsSpec, _bars_recipe, _check_asked, _digest_of, _keep_history, _panel_table, read_bars,
-    read_beside)
+    BarsSpec, _adjusted_bars, _bars_recipe, _beside_findings, _check_asked, _digest_of, _keep_history,
+    _panel_table, _raw_bars, read_beside)
 from .core import AtftError
 from .intake import Reading
 from .panel import Panel, _short_digest, append_shard
 from .places import Place, read_parquet
 from .repairs import (
-    GAPS_LISTED, SPLITS_LISTED, _texts, find_gaps, find_jumps, flag_bars, repair_bars, repairs_found)
+    EXAMPLES, GAPS_LISTED, SPLITS_LISTED, _texts, find_gaps, find_jumps, flag_bars, repair_bars, repairs_found)
 from .sessions import (
     Days, SessionRule, check_calendars, count_days, no_sessions, session_days, trading)
 from .shards import conform
+from .vendors import levels_after
 
 # %% ../nbs/00v_longer.ipynb #_spec_of
 def _is_cached(panel):
@@ -54,19 +55,16 @@ def _memory_of(panel):
 
 def _check_spec(panel, spec):
     "Code and options are those that the panel was made with; the digest of the new bars"
-    if spec.factor:
-        raise AtftError(f'append_bars: the prices of {panel.folder} were adjusted by {spec.factor} '
-                        'from their first day on; make the panel again from all bars')
     code = _bars_recipe(pl.DataFrame(), _memory_of(panel), spec)['code']
     if code != panel.recipe['code']:
         raise AtftError(f'append_bars: {panel.folder} was made by other code or with other options; '
                         'make the panel again from all bars')
 
 # %% ../nbs/00v_longer.ipynb #_history
-def _history(panel):
-    "Bars, days and codes that are kept beside a panel"
-    return [read_parquet(panel.folder/f'history/{name}.parquet')
-            for name in ('last_bars', 'days', 'codes')]
+def _kept(panel, name):
+    "A table that is kept beside a panel; None: it had none"
+    path = panel.folder/f'history/{name}.parquet'
+    return read_parquet(path) if path.exists() else None
 
 def _check_new(panel, new, days):
     "The new bars begin after the last day of the old ones"
@@ -113,14 +111,42 @@ def _check_same_rows(panel, table, begin):
         raise AtftError(f'append_bars: rows of {begin} .. {until} come out otherwise from the bars '
                         f'beside {panel.folder}; make the panel again from all bars')
 
+# %% ../nbs/00v_longer.ipynb #_check_beside
+def _said_before(table, day, codes):
+    "What a table beside the bars says of some codes before a day"
+    known = table.join(codes.select('code'), on='code', how='semi')
+    if 'first' in known.columns and 'last' in known.columns:
+        known = known.filter(pl.col('first') < day)
+        return known.with_columns(pl.min_horizontal('last', pl.lit(day).dt.offset_by('-1d')))
+    return known.filter(pl.col('known' if 'known' in known.columns else 'date') < day)
+
+def _check_beside(panel, beside, begin, codes):
+    "One line unless the tables beside the bars say of earlier days what they said"
+    for name, told in dict(universe='universe', facts='join', sectors='sectors').items():
+        old = _kept(panel, name)
+        new = getattr(beside, name)
+        if old is None or new is None: continue
+        again = 'make the panel again from all bars'
+        if old.schema != new.schema:
+            raise AtftError(f'append_bars: {told} has columns {", ".join(new.columns)} of other names '
+                            f'or types than when {panel.folder} was made, which were '
+                            f'{", ".join(old.columns)}; {again}')
+        before = [_said_before(table, begin, codes) for table in (old, new)]
+        moved = [a.join(b, on=a.columns, how='anti', nulls_equal=True) for a, b in (before, before[::-1])]
+        changed = pl.concat(moved).sort('code')
+        if len(changed):
+            raise AtftError(f'append_bars: {told} says other things of days before {begin} than when '
+                            f'{panel.folder} was made, first of {changed[0, "code"]} '
+                            f'({len(changed):,} lines); {again}')
+
 # %% ../nbs/00v_longer.ipynb #_sum_of_repairs
 def _sum_of_repairs(old, new):
     "Counts of both, and the first examples"
     out = {}
     for rule in [*old, *[r for r in new if r not in old]]:
         parts = [f[rule] for f in (old, new) if rule in f]
-        examples = sum((p['examples'] for p in parts), [])[:3]
-        out[rule] = dict(bars=sum(p['bars'] for p in parts), examples=examples)
+        examples = sorted(sum((p['examples'] for p in parts), []))  # by code and day, as at once
+        out[rule] = dict(bars=sum(p['bars'] for p in parts), examples=examples[:EXAMPLES])
     return out
 
 def _more_jumps(old, bars, first):
@@ -129,20 +155,41 @@ def _more_jumps(old, bars, first):
     listed = [*old['listed'], *map(list, _texts(new))]
     return dict(found=old['found']+len(new), listed=listed[:SPLITS_LISTED])
 
-def _more_gaps(old, bars, first):
-    "The gaps of the panel, and those that ended on new days"
-    new = find_gaps(bars).filter(pl.col('until') >= first)
-    both = [*old['longest'], *map(list, _texts(new))]
-    longest = sorted(both, key=_length_of_gap)
-    return dict(found=old['found']+len(new), longest=longest[:GAPS_LISTED])
-
 def _length_of_gap(gap):
     "Longest first, then by code"
     return -gap[3], gap[0]
 
+def _more_gaps(old, bars, found, first):
+    "The gaps of the panel, and those that ended on new days"
+    new = find_gaps(bars, found.dates.lazy()).filter(pl.col('until') >= first)
+    both = [*old['longest'], *map(list, _texts(new))]
+    longest = sorted(both, key=_length_of_gap)
+    return dict(found=old['found']+len(new), longest=longest[:GAPS_LISTED])
+
+# %% ../nbs/00v_longer.ipynb #_more_rows
+def _bars_from(bars, dates, begin):
+    "How many repaired bars are on sessions from a day on"
+    later = repair_bars(bars.lazy()).filter(pl.col('date') >= begin)
+    return later.join(dates.lazy(), on='date', how='semi').select(pl.len()).collect().item()
+
+def _left_out(panel, history, both, found, table, begin):
+    "Rows of no members in old and new days"
+    if 'universe' not in panel.findings: return 0
+    old_dates = history['days'].filter('is_session').select('date')
+    old_rows = panel.scan().filter(pl.col('date') >= begin).select(pl.len()).collect().item()
+    before = panel.findings['universe']['rows_left_out']
+    old = _bars_from(history['last_bars'], old_dates, begin)-old_rows
+    return before-old+_bars_from(both, found.dates, begin)-len(table)
+
+def _unknown(panel, beside, table, begin):
+    "Rows of which nothing is told, by column"
+    names = [*beside.features, *beside.kept]
+    early = panel.scan().filter(pl.col('date') < begin).select(pl.col(names).null_count()).collect()
+    return {c: early[0, c]+table[c].null_count() for c in names}
+
 # %% ../nbs/00v_longer.ipynb #_longer_findings
 def _longer_findings(findings, found, taken, both, first):
-    "The findings of the longer panel"
+    "What was found in the bars of the longer panel"
     flagged = flag_bars(both).filter(pl.col('date') >= first)
     bars = repair_bars(both).join(found.dates.lazy(), on='date', how='semi')
     intake = Counter(findings['intake'])+Counter(taken.counts)
@@ -151,7 +198,17 @@ def _longer_findings(findings, found, taken, both, first):
         intake=dict(intake), no_sessions=no_sessions(found),
         repairs=_sum_of_repairs(findings['repairs'], repairs_found(flagged)),
         jumps=_more_jumps(findings['jumps'], bars, first),
-        gaps=_more_gaps(findings['gaps'], bars, first))
+        gaps=_more_gaps(findings['gaps'], bars, found, first))
+
+# %% ../nbs/00v_longer.ipynb #_longer_table
+def _longer_table(panel, spec, both, found, beside, begin, codes):
+    "The rows from `begin` on; those that the panel has and are complete come out as they are"
+    _check_beside(panel, beside, begin, codes)
+    asked = _check_asked(spec, beside)
+    table = _panel_table(both, found, spec, beside).filter(pl.col('date') >= begin).collect()
+    table = conform(table, asked, 'append_bars')
+    _check_same_rows(panel, table, begin)
+    return table
 
 # %% ../nbs/00v_longer.ipynb #append_bars
 def append_bars(
@@ -163,20 +220,23 @@ def append_bars(
     _check_appendable(panel)
     spec = spec or _spec_of(panel)
     _check_spec(panel, spec)
-    last_bars, days, codes = _history(panel)
-    taken = read_bars(bars, spec)
-    first = _check_new(panel, taken.table, days)
+    history = {name: _kept(panel, name) for name in ('last_bars', 'days', 'codes', 'levels')}
+    raw = _raw_bars(bars, spec)
+    taken = _adjusted_bars(raw, spec, history['levels'])
+    first = _check_new(panel, taken.table, history['days'])
+    last_bars = history['last_bars']
     both = pl.concat([last_bars, taken.table.collect().select(last_bars.columns)]).lazy()
-    found = _longer_days(both, days, codes, first, spec.sessions)
-    begin = _begin(panel, found, days, spec.sessions)
+    found = _longer_days(both, history['days'], history['codes'], first, spec.sessions)
+    begin = _begin(panel, found, history['days'], spec.sessions)
     beside = read_beside(spec)
-    asked = _check_asked(spec, beside)
-    table = _panel_table(both, found, spec, beside).filter(pl.col('date') >= begin).collect()
-    table = conform(table, asked, 'append_bars')
-    _check_same_rows(panel, table, begin)
+    table = _longer_table(panel, spec, both, found, beside, begin, history['codes'])
     findings = _longer_findings(panel.findings, found, taken, both, first)
+    left_out = _left_out(panel, history, both, found, table, begin)
+    unknown = _unknown(panel, beside, table, begin)
+    findings |= _beside_findings(beside, found, left_out, unknown)
     data = _short_digest([panel.recipe['data'], _digest_of(bars, _memory_of(panel))])
     recipe = panel.recipe | dict(data=data)
     longer = append_shard(panel, table, said=dict(recipe=recipe, findings=findings, made=panel.made))
-    _keep_history(panel.folder, both, found)
+    levels = levels_after(raw.table, spec.factor, history['levels']) if spec.factor else None
+    _keep_history(panel.folder, both, found, beside, levels)
     return longer

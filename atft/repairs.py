@@ -169,9 +169,11 @@ GAPS_LISTED = 10
 
 def find_gaps(
     bars:pl.LazyFrame, # repaired, on their sessions
+    sessions:pl.LazyFrame|None=None, # date: all of them, if the bars lack some
 )->pl.DataFrame:       # code, after: its last day before, until: its first day again, sessions
     "Runs of at least `GAP` sessions on which a code did not trade, longest first"
-    days = bars.select('date').unique().sort('date').with_row_index('number')
+    days = bars if sessions is None else sessions
+    days = days.select('date').unique().sort('date').with_row_index('number')
     number = pl.col('number').cast(pl.Int64)
     placed = bars.select('date', 'code').join(days, on='date').sort('code', 'date')
     missed = placed.with_columns(
@@ -225,6 +227,19 @@ def _of_gaps(findings):
     return [f'  gaps: {gaps["found"]:,} of {GAP} sessions or more, longest {sessions:,} sessions of '
             f'{code} ({after} .. {until})']
 
+# %% ../nbs/00n_repairs.ipynb #_of_beside
+def _of_beside(findings):
+    "What stands beside the bars, and what it does not tell"
+    lines = [f'  {what}: {count:,}' for what, count in findings.get('beside', {}).items()]
+    universe = findings.get('universe')
+    if universe:
+        without = universe['days_without_list']
+        more = f', {without:,} sessions have no list' if without else ''
+        lines.append(f'  universe: {universe["rows_left_out"]:,} rows of no members left out{more}')
+    unknown = [f'{c} {count:,}' for c, count in findings.get('unknown', {}).items() if count]
+    if unknown: lines.append(f'  not known, rows: {", ".join(unknown)}')
+    return lines
+
 # %% ../nbs/00n_repairs.ipynb #findings_lines
 def findings_lines(
     findings:dict, # of a panel made from bars
@@ -235,5 +250,6 @@ def findings_lines(
             f'{findings["sessions"]:,} sessions')
     counted = [f'  {what}: {count:,}' for what, count in findings.get('intake', {}).items()]
     leaks = [f'  leak? {line}' for line in findings.get('leaks', [])]
-    parts = [_of_repairs(findings), _of_days(findings), _of_jumps(findings), _of_gaps(findings)]
+    parts = [_of_repairs(findings), _of_days(findings), _of_jumps(findings), _of_gaps(findings),
+             _of_beside(findings)]
     return [head, *counted, *sum(parts, []), *leaks]

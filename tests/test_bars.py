@@ -455,3 +455,231 @@ def test_only_what_can_be_made_longer_is(tmp_path):
     own = bars_panel(first, tmp_path/'cache', out=tmp_path/'own')
     with pytest.raises(AtftError, match='give the days after that'): append_bars(own, BARS)
     assert append_bars(own, rest).num_rows == 3000
+
+
+def raw_with_splits(codes=12, days=440, ex=(300, 430, 432, 436)):
+    "Raw bars of a vendor under our names, with splits on some days, and their factors"
+    table = with_flaws(codes, days).with_columns(factor=pl.lit(1.))
+    dates = table['date'].unique().sort()
+    for i, at in enumerate(ex):
+        one = pl.col('code') == f'C{4+2*i:02d}'
+        ratio = (.5, 1/3, .2, 10.)[i]
+        split = one & (pl.col('date') >= dates[at])
+        table = table.with_columns(
+            [pl.when(split).then(pl.col(c)*ratio).otherwise(c).alias(c) for c in NUMBERS[:4]]
+            + [pl.when(one & (pl.col('date') == dates[at])).then(ratio).otherwise('factor').alias('factor')])
+    return table, dates
+
+
+V1 = dict(date='Date', code='Code', open='Open', high='High', low='Low', close='Close',
+          volume='Volume', factor='AdjustmentFactor')
+V2 = dict(date='Date', code='Code', open='O', high='H', low='L', close='C', volume='Vo', factor='AdjFactor')
+
+
+def grown_and_whole(parts, whole, tmp_path, **options):
+    "The panel that parts made one after the other, and that of all at once"
+    grown = bars_panel(parts[0], tmp_path/'cache', out=tmp_path/'grows', **options)
+    for part in parts[1:]: grown = append_bars(grown, part)
+    once = bars_panel(whole, tmp_path/'cache', **options)
+    rows = [p.scan().collect().sort('date', 'code') for p in (grown, once)]
+    assert rows[0].equals(rows[1]) and grown.findings == once.findings
+    assert (grown.dates == once.dates).all() and grown.codes == once.codes
+    return grown
+
+
+@pytest.mark.parametrize('cuts', [(430,), (420, 429, 430, 433)])
+def test_raw_prices_of_a_vendor_are_carried_on_over_splits(cuts, tmp_path):
+    "First under the old names, then under the new ones; a split is on the first of the new days"
+    table, dates = raw_with_splits()
+    day = pl.col('date')
+    edges = [0, *cuts, len(dates)]
+    parts = [table.filter(day.is_between(dates[a], dates[b-1])).rename(V2 if a else V1)
+             for a, b in zip(edges, edges[1:])]
+    grown_and_whole(parts, table.rename(V1), tmp_path, vendor='jquants')
+
+
+@pytest.mark.parametrize('kind', ['levels', 'close'])
+def test_other_factors_are_carried_on_too(kind, tmp_path):
+    table, dates = raw_with_splits()
+    level = 1/pl.col('factor').cum_prod().over('code', order_by='date')
+    table = table.with_columns(factor=level if kind == 'levels' else pl.col('close')*level)
+    day = pl.col('date')
+    parts = [table.filter(day < dates[430]), table.filter(day >= dates[430])]
+    grown_and_whole(parts, table, tmp_path, adjust=f'factor:{kind}')
+
+
+def beside_files(folder, dates, until):
+    "Sectors, members and fundamentals as they were known on a day"
+    codes = [f'C{c:02d}' for c in range(11)]
+    folder.mkdir(exist_ok=True)
+    quarters = [d for d in dates[::45] if d <= until]
+    facts = [dict(code=c, published=q, book=float((3*i+7*j) % 11)) for i, c in enumerate(codes[:9])
+             for j, q in enumerate(quarters)]
+    pl.DataFrame(facts).write_parquet(folder/'facts.parquet')
+    said = [dict(date=d, code=c, sector=f's{(i+j)%3}') for j, d in enumerate(dates[::60]) if d <= until
+            for i, c in enumerate(codes[:10])]
+    pl.DataFrame(said).write_parquet(folder/'sectors.parquet')
+    members = [dict(date=d, code=c) for j, d in enumerate(dates) if d <= until and j != 7
+               for i, c in enumerate(codes) if (i+j//100) % 5]
+    pl.DataFrame(members).write_parquet(folder/'members.parquet')
+    return dict(join=folder/'facts.parquet', as_of='published', sectors=folder/'sectors.parquet',
+                universe=folder/'members.parquet')
+
+
+def test_tables_beside_the_bars_may_have_grown(tmp_path):
+    table = with_flaws(12, 440)
+    dates = table['date'].unique().sort()
+    day = pl.col('date')
+    grown = None
+    for begin, end in ((0, 400), (400, 409), (409, len(dates))):
+        options = beside_files(tmp_path/'beside', dates, dates[end-1])
+        part = table.filter(day.is_between(dates[begin], dates[end-1]))
+        if grown is None: grown = bars_panel(part, tmp_path/'cache', out=tmp_path/'grows', **options)
+        else: grown = append_bars(grown, part)
+    once = bars_panel(table, tmp_path/'cache', **options)
+    rows = [p.scan().collect().sort('date', 'code') for p in (grown, once)]
+    assert rows[0].equals(rows[1]) and grown.findings == once.findings
+    assert once.findings['universe']['days_without_list'] == 1 and once.findings['unknown']['sector'] > 0
+
+
+def test_a_table_beside_the_bars_that_was_rewritten_is_refused(tmp_path):
+    table = with_flaws(12, 440)
+    dates = table['date'].unique().sort()
+    day = pl.col('date')
+    options = beside_files(tmp_path/'beside', dates, dates[399])
+    bars_panel(table.filter(day <= dates[399]), tmp_path/'cache', out=tmp_path/'grows', **options)
+    rest = table.filter(day > dates[399])
+    early = (pl.col('code') == 'C03') & (pl.col('date') == dates[60])
+    changes = dict(
+        facts=('join', lambda t: t.with_columns(pl.col('book')+(pl.col('published') == dates[45]))),
+        sectors=('sectors', lambda t: t.with_columns(sector=pl.when(early).then(pl.lit('x')).otherwise('sector'))),
+        members=('universe', lambda t: t.filter(~early)))
+    for name, (told, change) in changes.items():
+        beside_files(tmp_path/'beside', dates, dates[-1])
+        path = tmp_path/f'beside/{name}.parquet'
+        change(pl.read_parquet(path)).write_parquet(path)
+        with pytest.raises(AtftError, match=f'append_bars: {told} says other things of days before .*C0'):
+            append_bars(Panel(tmp_path/'grows'), rest)
+    beside_files(tmp_path/'beside', dates, dates[-1])
+    path = tmp_path/'beside/facts.parquet'
+    pl.read_parquet(path).with_columns(sales=1.).write_parquet(path)
+    with pytest.raises(AtftError, match='append_bars: join has columns .*sales'):
+        append_bars(Panel(tmp_path/'grows'), rest)
+
+
+def test_a_daily_list_that_is_there_once_a_month_is_refused(tmp_path):
+    monthly = BARS.select('date', 'code').filter(pl.col('date').is_in(BARS['date'].unique().sort()[::20].implode()))
+    with pytest.raises(AtftError, match='sessions between them have none'):
+        bars_panel(BARS, tmp_path, universe=monthly)
+
+
+def test_a_code_that_comes_back_after_years_is_a_gap_in_the_longer_panel(tmp_path):
+    table = bars(4, 460, seed=2)
+    dates = table['date'].unique().sort()
+    day = pl.col('date')
+    away = table.filter((pl.col('code') != 'C01') | (day < dates[20]) | (day > dates[440]))
+    parts = [away.filter(day <= dates[430]), away.filter(day > dates[430])]
+    grown = grown_and_whole(parts, away, tmp_path)
+    assert grown.findings['gaps'] == dict(found=1, longest=[['C01', str(dates[19]), str(dates[441]), 421]])
+
+
+# --- thin markets
+
+@pytest.mark.parametrize('share', [.2, .3, .5, .8])
+@pytest.mark.parametrize('codes', [10, 30])
+def test_a_thin_market_keeps_its_days(codes, share):
+    table = bars(codes, 300, seed=4).sample(fraction=share, seed=1)
+    assert panel_from_ohlcv(table).collect()['date'].n_unique() == table['date'].n_unique()
+
+
+@pytest.mark.parametrize('left', [7, 10, 14, 20])
+@pytest.mark.parametrize('days', [1, 4, 9, 20])
+def test_most_of_the_universe_may_be_delisted_at_the_end(left, days):
+    end = BARS['date'].unique().sort()[-1-days]
+    table = BARS.filter((pl.col('date') <= end) | (pl.col('code') < f'C{left:02d}'))
+    assert panel_from_ohlcv(table).collect()['date'].n_unique() == 100
+
+
+@pytest.mark.parametrize('codes, day', [(3, date(2020, 3, 7)), (30, date(2020, 3, 7)), (30, date(2020, 3, 9))])
+def test_a_stray_day_at_the_end_is_no_session(codes, day):
+    "A Saturday, or a holiday"
+    friday = date(2020, 3, 6)
+    early = BARS.filter((pl.col('date') <= friday) & (pl.col('code') < f'C{codes:02d}'))
+    stray = pl.concat([early, moved('C01', friday, day)])
+    assert panel_from_ohlcv(stray).collect()['date'].max() == friday
+
+
+# --- two publications of a day
+
+FINS = pl.DataFrame(dict(
+    DiscDate=['2020-02-03', '2020-02-03', '2020-02-03', '2020-03-10'],
+    DiscTime=['15:30:00', '11:00:00', '15:00:00', '16:00:00'],
+    Code=['C00', 'C00', 'C01', 'C00'], EPS=['3', '1', '2', '4']))
+
+
+def known_on(panel, code, day):
+    return panel.scan().filter((pl.col('code') == code) & (pl.col('date') == day)).collect()['EPS'].item()
+
+
+@pytest.mark.parametrize('form', ['two columns', 'stamps', 'stamps as text'])
+def test_the_later_of_two_publications_of_a_day_counts(form, tmp_path):
+    stamp = pl.col('DiscDate')+' '+pl.col('DiscTime')
+    as_text = FINS.select('Code', 'EPS', at=stamp)
+    facts = {'two columns': FINS, 'stamps': as_text.with_columns(pl.col('at').str.to_datetime()),
+             'stamps as text': as_text}[form]
+    facts.write_parquet(tmp_path/'fins.parquet')
+    as_of = 'DiscDate,DiscTime' if form == 'two columns' else 'at'
+    theirs = BARS.with_columns(factor=1.).rename(V2)
+    panel = bars_panel(theirs, tmp_path/'cache', vendor='jquants', join=tmp_path/'fins.parquet', as_of=as_of)
+    assert known_on(panel, 'C00', date(2020, 2, 3)) is None
+    assert known_on(panel, 'C00', date(2020, 2, 4)) == .5  # 3, of C01 2
+    assert panel.findings['beside'] == {'join: rows that another of the same day replaced': 1}
+
+
+def test_two_publications_of_which_none_is_the_last_are_refused(tmp_path):
+    facts = FINS.rename(dict(Code='code'))
+    with pytest.raises(AtftError, match='C00 on 2020-02-03; name the time too .--as-of DiscDate,TIME'):
+        bars_panel(BARS, tmp_path, join=facts.drop('DiscTime'), as_of='DiscDate')
+    tied = facts.with_columns(DiscTime=pl.lit('15:00'))
+    with pytest.raises(AtftError, match='none is told to be the last: C00 on 2020-02-03'):
+        bars_panel(BARS, tmp_path, join=tied, as_of='DiscDate,DiscTime')
+    twice = pl.concat([facts[1:], facts[1:]])
+    panel = bars_panel(BARS, tmp_path, join=twice, as_of='DiscDate,DiscTime')
+    assert panel.findings['beside'] == {'join: identical rows': 3}
+
+
+def test_tables_beside_the_bars_have_codes_as_the_bars_have(tmp_path):
+    numbers = BARS.with_columns(ticker=pl.col('code').str.slice(1).cast(pl.Int64)+40).drop('code')
+    reading = Reading('ticker=code', codes=4)
+    sectors = numbers.select('ticker', sector=pl.lit('x')).unique()
+    panel = bars_panel(numbers, tmp_path, reading=reading, sectors=sectors)
+    assert panel.codes[0] == '0040' and panel.scan().collect()['sector'].null_count() == 0
+
+
+# --- hours in files
+
+@pytest.mark.parametrize('form', ['one csv', 'a file a ticker', 'parquet', 'told', 'epoch', 'pandas', 'vendor'])
+def test_hourly_bars_in_files_are_told_what_a_day_is(form, tmp_path):
+    few = BARS.filter(pl.col('code') < 'C03')
+    hours = pl.concat([few.with_columns(pl.col('date').cast(pl.Datetime).dt.offset_by(f'{h}h'),
+                                        pl.col('close')+h/99) for h in (9, 10)])
+    options = {}
+    source = tmp_path/'hours'
+    source.mkdir()
+    if form == 'one csv': hours.write_csv(source/'all.csv')
+    if form == 'a file a ticker':
+        for (code,), rows in hours.partition_by('code', as_dict=True).items():
+            rows.drop('code').write_csv(source/f'{code}.csv')
+    if form == 'parquet': hours.write_parquet(source/'all.parquet')
+    if form == 'told':
+        hours.with_columns(pl.col('date').dt.strftime('%d/%m/%Y %H:%M')).write_csv(source/'all.csv')
+        options = dict(reading=Reading(dates='%d/%m/%Y %H:%M'))
+    if form == 'epoch':
+        hours.with_columns(pl.col('date').dt.epoch('ms')).write_csv(source/'all.csv')
+        options = dict(reading=Reading(dates='ms'))
+    if form == 'pandas': source = hours.to_pandas().set_index(['date', 'code'])
+    if form == 'vendor':
+        hours.with_columns(factor=1.).rename(V2).write_csv(source/'all.csv')
+        options = dict(vendor='jquants')
+    with pytest.raises(AtftError, match='C00 has 2 bars on 2020-01-01; a day is one bar.*aggregate to daily'):
+        bars_panel(source, tmp_path/'cache', **options)
