@@ -1,7 +1,6 @@
 "Bars as people have them: sessions, repairs, vendors, and what stands beside them; counted, or refused"
 import gzip
 import shlex
-from dataclasses import replace
 from datetime import date, timedelta
 
 import numpy as np
@@ -17,7 +16,7 @@ from atft.causal import find_leaks
 from atft.core import AtftError
 from atft.longer import append_bars
 from atft.panel import Panel, PanelSpec, tiny_table, write_panel
-from atft.phases import run_phases
+from atft.inference import open_data, split_of
 from atft.repairs import findings_lines
 from atft.sessions import sessions_per_year
 from atft.specs import read_command_line
@@ -474,7 +473,7 @@ def readme_lines():
 
 
 def test_the_commands_of_the_readme_work_as_they_stand(tmp_path, monkeypatch, capsys):
-    "Made-up bars of the days that it speaks of; the training is cut to an epoch of its first phase"
+    "On made-up bars of the days that it speaks of; the data of the training are opened and split"
     monkeypatch.chdir(tmp_path)
     table = bars(8, dates=calendar(620, '2014-03-03'))
     month = pl.col('date') >= table['date'].unique().sort()[-20]
@@ -485,8 +484,8 @@ def test_the_commands_of_the_readme_work_as_they_stand(tmp_path, monkeypatch, ca
     door.main(made[3:])
     assert capsys.readouterr().out.startswith('bars: 4,800 rows, 8 codes, 600 sessions')
     run = read_command_line(trained[3:])
-    run_phases(replace(run, phase='0', max_epochs=1, hidden=8), show=False)
-    assert (tmp_path/'runs/my_panel/phase0_predictions.parquet').exists()
+    split = split_of(run, open_data(run, tmp_path/'cache'))
+    assert all(len(days) > 20 for days in (split.train, split.valid, split.test))
     door.main(longer[3:])
     assert '620 days' in capsys.readouterr().out
 
