@@ -19,7 +19,7 @@ import polars as pl
 
 from .adopted import adopt_panel
 from .causal import assert_causal
-from .core import AtftError, atomic_path
+from .core import AtftError
 from .features import (
     SCALES, _check_features, _compare, _features_digest, _on_calendar, _return_of, _targets,
     _with_basics, ohlcv_features)
@@ -28,7 +28,8 @@ from .intake import Reading, Taken, take
 from .joins import Beside, check_listed, read_facts, read_sectors, read_universe
 from .market import embedded_panel
 from .panel import Panel, _panel_json, cached_panel, panel_recipe, write_panel
-from .places import Place, check_folder
+from .places import (
+    Place, check_folder, name_of, not_there, place, together, write_parquet)
 from .repairs import (
     BARS, RULES, check_mixed_prices, count_repairs, findings_lines, flag_bars, looked_at,
     mixed_prices, repair_bars, repairs_found)
@@ -91,7 +92,7 @@ def _take_versions(source, numbers, spec):
 
 # %% ../nbs/00c_bars.ipynb #read_bars
 def read_bars(
-    source,                    # path of a file or folder; a polars, pandas or arrow table
+    source,                    # path or URL of a file or folder; a polars, pandas or arrow table
     spec:BarsSpec=BarsSpec(),
 )->Taken:                      # date, code, `BARS`, what is kept; its counts
     "Bars of any form, their prices adjusted if a factor was named"
@@ -198,19 +199,23 @@ def read_beside(
     return Beside(universe, facts, sectors)
 
 # %% ../nbs/00c_bars.ipynb #_bars_recipe
+def _is_path(source): return isinstance(source, (str, Path, Place))
+
 def _files_of(source):
     "The files of a path, with the names that tell them apart"
-    path = Path(source)
+    path = place(source)
     if not path.exists():
-        raise AtftError(f'{source} does not exist; check the path')
+        raise AtftError(not_there(path))
     if not path.is_dir(): return {path.name: path}
     return {str(f.relative_to(path)): f for f in _files_below(path, 'bars', Counter())}
 
 def _digest_of(source, cache):
     "What tells a path's bytes or a table from another"
     if source is None: return None
-    if isinstance(source, (str, Path)):
-        return {name: file_digests([f], cache)[f.name] for name, f in _files_of(source).items()}
+    if _is_path(source):
+        files = _files_of(source)
+        def digest(file): return file_digests([file], cache)[file.name]
+        return dict(zip(files, together(digest, list(files.values()))))
     if not hasattr(source, 'lazy'):
         source = pl.concat([p.table for p in parts_of(source, 'bars', Counter(), None)])
     held = BytesIO()
@@ -220,7 +225,7 @@ def _digest_of(source, cache):
 def _options_of(spec):
     "The options of a panel as JSON has them; tables beside the bars by their path, if they have one"
     beside = {name: getattr(spec, name) for name in ('sectors', 'universe', 'join')}
-    paths = {name: str(t) for name, t in beside.items() if isinstance(t, (str, Path))}
+    paths = {name: name_of(t) for name, t in beside.items() if _is_path(t)}
     return dict(
         reading=asdict(spec.reading), vendor=spec.vendor, adjust=spec.adjust, scale=spec.scale,
         horizons=PanelSpec(('x',), spec.horizons).horizons, keep=spec.keep, as_of=spec.as_of,
@@ -273,8 +278,7 @@ def _keep_history(folder, bars, found):
     last = bars.filter(pl.col('date') >= dates[-min(HISTORY, len(dates))]).collect()
     kept = dict(last_bars=last.sort('date', 'code'), days=found.days, codes=found.by_code)
     for name, table in kept.items():
-        with atomic_path(folder/f'history/{name}.parquet') as temp:
-            table.write_parquet(temp)
+        write_parquet(table, folder/f'history/{name}.parquet')
 
 # %% ../nbs/00c_bars.ipynb #_make_panel
 def _make_panel(source, spec, target, name, recipe, show=True):
@@ -286,7 +290,7 @@ def _make_panel(source, spec, target, name, recipe, show=True):
     table = _panel_table(taken.table, found, spec, beside).collect()
     findings = bars_findings(taken, found, table, beside)
     line = f'OHLCV bars of {name}, {spec.scale} features'
-    _keep_history(Path(target), taken.table, found)
+    _keep_history(target, taken.table, found)
     panel = write_panel(table, target, asked, source=line, recipe=recipe, findings=findings,
                         made=_options_of(spec))
     # beside the results: what a command prints is its own
@@ -295,9 +299,9 @@ def _make_panel(source, spec, target, name, recipe, show=True):
 
 # %% ../nbs/00c_bars.ipynb #bars_panel
 def bars_panel(
-    source,                      # path of a file or folder; a polars, pandas or arrow table
+    source,                      # path or URL of a file or folder; a polars, pandas or arrow table
     cache:str|Path='runs/cache', # where made panels are kept
-    out:str|Path|None=None,      # a folder of its own for the panel, instead of the cache
+    out:str|Path|Place|None=None,# a folder or URL of its own for the panel, instead of the cache
     spec:BarsSpec|None=None,     # how it is made
     show:bool=True,              # say what was found when it is made
     **options,                   # or fields of `BarsSpec`
@@ -307,11 +311,11 @@ def bars_panel(
     if spec.features is not None: _check_features(spec.features)
     _targets(PanelSpec(('x',), spec.horizons).labels)
     recipe = _bars_recipe(source, cache, spec)
-    name = Path(source).name if isinstance(source, (str, Path)) else 'table'
+    name = place(source).name if _is_path(source) else 'table'
     if out is None:
         return cached_panel(cache, name, recipe,
                             lambda folder: _make_panel(source, spec, folder, name, recipe, show))
-    out = Path(out)
+    out = place(out)
     if (out/'panel.json').exists() and _panel_json(out).get('recipe') == recipe: return Panel(out)
     return _make_panel(source, spec, out, name, recipe, show)
 

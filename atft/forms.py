@@ -8,6 +8,7 @@ __all__ = ['SUFFIXES', 'FAILURES', 'PRICE_NAMES', 'Part', 'stem_of', 'first_line
 # %% ../nbs/00s_forms.ipynb #imports
 import os
 from collections import Counter
+from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
@@ -16,13 +17,14 @@ import polars as pl
 import pyarrow as pa
 
 from .core import AtftError
+from .places import Place, not_there, place, scan_parquet, together, trouble_with
 
 # %% ../nbs/00s_forms.ipynb #Part
 class Part(NamedTuple):
     "A table that came in, or one file of it"
     where:str          # path of the file, or 'the table'
     table:pl.LazyFrame
-    file:Path|None     # None: a table in memory
+    file:Path|Place|None # None: a table in memory
     folders:dict       # what the names of its folders say: {'year': '2020'}
     is_text:bool       # every value is text, because the file holds nothing else
 
@@ -36,7 +38,7 @@ def _kind_of(file):
     return kinds[0] if kinds else None
 
 def stem_of(
-    file:Path,
+    file:Path|Place,
 )->str:
     "A file's name without what tells its kind: 7203.T of 7203.T.csv.gz"
     endings = [suffix for suffix in SUFFIXES if file.name.lower().endswith(suffix)]
@@ -45,9 +47,17 @@ def stem_of(
 # %% ../nbs/00s_forms.ipynb #_scan
 FAILURES = (pl.exceptions.PolarsError, OSError, pa.ArrowException, pl.exceptions.PanicException)
 
+def _source_of(path, kind):
+    "What polars reads: a path, or the bytes of a file in a store, whose Parquet stays there"
+    if not isinstance(path, Place): return path.absolute()
+    return path if kind == 'Parquet' else path.read_bytes()
+
+def _scan_csv(source, **how):
+    held = BytesIO(source) if isinstance(source, bytes) else source
+    return pl.scan_csv(held, infer_schema=False, glob=False, **how)
+
 def _scan(path, kind):
-    path = path.absolute()
-    if kind == 'CSV': return pl.scan_csv(path, infer_schema=False, glob=False)
+    if kind == 'CSV': return _scan_csv(path)
     if kind == 'Parquet': return pl.scan_parquet(path, glob=False, hive_partitioning=False)
     with open(path, 'rb') as f:
         is_stream = f.read(6) != b'ARROW1'
@@ -55,6 +65,13 @@ def _scan(path, kind):
         with pa.memory_map(str(path)) as f:
             return pl.from_arrow(pa.ipc.open_stream(f).read_all()).lazy()
     return pl.scan_ipc(path, glob=False, hive_partitioning=False)
+
+def _scan_stored(content, kind):
+    "A file in a store, from `_source_of`"
+    if kind == 'Parquet': return scan_parquet(content)
+    if kind == 'CSV': return _scan_csv(content)
+    if content.startswith(b'ARROW1'): return pl.read_ipc(BytesIO(content)).lazy()
+    return pl.from_arrow(pa.ipc.open_stream(content).read_all()).lazy()
 
 def first_line(
     error:BaseException,
@@ -71,8 +88,9 @@ def _twice_named(names):
 
 def _is_cut(path, columns):
     "Does a CSV file end within a row?"
-    with open(path, 'rb') as f:
-        f.seek(max(0, path.stat().st_size-65_536))
+    with path.open('rb') as f:
+        size = f.seek(0, os.SEEK_END)
+        f.seek(max(0, size-65_536))
         tail = f.read()
     if path.name.lower().endswith('.gz') or tail.endswith((b'\n', b'\r')): return False
     return tail.splitlines()[-1].count(b',') < columns-1
@@ -94,9 +112,9 @@ def _is_download(rows):
     if len(rows) < 3 or not rows[2][0]: return False
     return all(rows[0][1:]) and all(rows[1][1:]) and not any(rows[2][1:])
 
-def _of_download(path, counts):
+def _of_download(source, counts):
     "The rows of a saved table with two levels of columns; None if the file is none"
-    bare = pl.scan_csv(path.absolute(), infer_schema=False, glob=False, has_header=False)
+    bare = _scan_csv(source, has_header=False)
     rows = bare.head(3).collect().rows()
     if not _is_download(rows): return None
     levels = [[str(value) for value in row[1:]] for row in rows[:2]]
@@ -121,32 +139,33 @@ def _open(path, kind, name, counts):
     try:
         if not path.stat().st_size:
             raise AtftError(f'{name}: {path} is an empty file; remove it or write it again')
-        table = _scan(path, kind)
+        source = _source_of(path, kind)
+        table = _scan_stored(source, kind) if isinstance(path, Place) else _scan(source, kind)
         names = table.collect_schema().names()
-        download = _of_download(path, counts) if kind == 'CSV' else None
+        download = _of_download(source, counts) if kind == 'CSV' else None
     except FAILURES as e:
-        raise AtftError(f'{name}: {path} is cut off or not {kind} ({first_line(e)}); '
-                        'write it again') from None
+        raise AtftError(f'{name}: {trouble_with(path, e, kind)}') from None
     if download is not None: return download
     return _checked_csv(table, path, names, name) if kind == 'CSV' else table
 
 # %% ../nbs/00s_forms.ipynb #_walk
 def _walk(folder):
-    "Every file below a folder, each place once, also behind links"
+    "Every file below a folder, each folder once, also behind links"
     seen = set()
     for root, folders, names in os.walk(folder, followlinks=True):
-        place = os.path.realpath(root)
-        if place in seen:
+        real = os.path.realpath(root)
+        if real in seen:
             folders.clear()
             continue
-        seen.add(place)
+        seen.add(real)
         yield from (Path(root)/name for name in names)
 
 # %% ../nbs/00s_forms.ipynb #_files_below
 def _files_below(folder, name, counts):
     "The tables of a folder: {file: kind}"
     found = {}
-    for file in sorted(_walk(folder)):
+    there = folder.files_below() if isinstance(folder, Place) else sorted(_walk(folder))
+    for file in there:
         if any(part.startswith('.') for part in file.relative_to(folder).parts):
             counts['hidden files left out'] += 1
         elif _kind_of(file) is None:
@@ -155,7 +174,7 @@ def _files_below(folder, name, counts):
             found[file] = _kind_of(file)
     first = {kind: file for file, kind in reversed(found.items())}
     if len(first) > 1:
-        one, other = sorted(first.values())[:2]
+        one, other = sorted(first.values(), key=list(found).index)[:2]
         raise AtftError(f'{name}: {folder} holds two kinds of tables, {one.name} and {other.name}; '
                         'give each kind a folder of its own')
     if not found:
@@ -173,7 +192,7 @@ def _folders_of(file, folder):
 # %% ../nbs/00s_forms.ipynb #_from_path
 def _kind_inside(file, name):
     "The kind of a file whose name does not tell it"
-    with open(file, 'rb') as f:
+    with file.open('rb') as f:
         start = f.read(6)
     if start[:4] == b'PAR1': return 'Parquet'
     if start == b'ARROW1': return 'Arrow'
@@ -183,13 +202,21 @@ def _kind_inside(file, name):
 def _part_of(file, kind, folders, name, counts):
     return Part(str(file), _open(file, kind, name, counts), file, folders, kind == 'CSV')
 
+def _from_folder(folder, name, counts):
+    "A part for each file of the folder"
+    kinds = _files_below(folder, name, counts)
+    def part(file):
+        own = Counter()
+        return _part_of(file, kinds[file], _folders_of(file, folder), name, own), own
+    found = together(part, list(kinds))
+    for _, own in found: counts.update(own)
+    return [part for part, _ in found]
+
 def _from_path(path, name, counts):
     "A part for the file, or for each file of the folder"
-    if path.is_dir():
-        files = _files_below(path, name, counts)
-        return [_part_of(f, kind, _folders_of(f, path), name, counts) for f, kind in files.items()]
+    if path.is_dir(): return _from_folder(path, name, counts)
     if not path.exists():
-        raise AtftError(f'{name}: {path} does not exist; check the path')
+        raise AtftError(f'{name}: {not_there(path)}')
     return [_part_of(path, _kind_of(path) or _kind_inside(path, name), {}, name, counts)]
 
 # %% ../nbs/00s_forms.ipynb #_stacked
@@ -281,14 +308,14 @@ def _in_memory(source, name, wanted, counts):
 
 # %% ../nbs/00s_forms.ipynb #parts_of
 def parts_of(
-    source,             # path of a file or folder; a polars, pandas or arrow table
+    source,             # path or URL of a file or folder; a polars, pandas or arrow table
     name:str,           # who asks, as a refusal will begin
     counts:Counter,     # what was left out is counted here
     wanted:set|None=None, # the columns that will be needed; None: all
 )->list[Part]:          # nothing is read yet
     "Whatever holds a table, as lazy tables that know where they came from"
-    if isinstance(source, (str, os.PathLike)):
-        return _from_path(Path(source), name, counts)
+    if isinstance(source, (str, os.PathLike, Place)):
+        return _from_path(place(source), name, counts)
     try:
         table = _in_memory(source, name, wanted, counts)
         table.collect_schema()

@@ -14,7 +14,8 @@ import polars as pl
 from polars import selectors
 
 from .core import AtftError
-from .forms import FAILURES, first_line, parts_of, stem_of
+from .forms import FAILURES, parts_of, stem_of
+from .places import Place, said_of, store_trouble
 from .rules import TEXTS, Reading, Rule, code_rule, date_rule, number_rule
 
 _all_ = [Reading]  # handed on
@@ -159,6 +160,34 @@ def _shaped(parts, asked, counts):
         if asked.missing(have): raise _no_column(part, have, asked)
     return parts
 
+# %% ../nbs/00l_intake.ipynb #_collected
+def _collected(tables, parts, asked):
+    "Lazy tables of the parts as they are, or one line that names the file"
+    try:
+        return pl.collect_all(tables, engine='streaming')
+    except FAILURES:
+        return [_collected_alone(table, part, asked) for table, part in zip(tables, parts)]
+
+def _collected_alone(table, part, asked):
+    try:
+        return table.collect(engine='streaming')
+    except FAILURES as e:
+        damaged = f'{part.where} cannot be read ({said_of(part.file, e)}); write it again'
+        raise AtftError(f'{asked.name}: {store_trouble(part.file, e) or damaged}') from None
+
+# %% ../nbs/00l_intake.ipynb #_fetched
+def _wanted_of(part, asked):
+    "The columns of a part that are used"
+    if asked.keep == 'all': return part.table
+    have = _names_in(part)
+    return part.table.select(selectors.by_name([c for c in asked.wanted if c in have]))
+
+def _fetched(parts, asked):
+    "The parts, those that lie in a store held in memory"
+    if not isinstance(parts[0].file, Place): return parts
+    held = _collected([_wanted_of(part, asked) for part in parts], parts, asked)
+    return [part._replace(table=table.lazy()) for part, table in zip(parts, held)]
+
 # %% ../nbs/00l_intake.ipynb #_rules_of
 def _as_it_is(column):
     "A column by its name, which polars would take for a pattern if it looks like one"
@@ -200,17 +229,7 @@ def _questions(rules, asked):
 def _look(parts, rules, asked):
     "The answers of each part: [{question: answer}]"
     looks = [part.table.select(_questions(r, asked)) for part, r in zip(parts, rules)]
-    try:
-        return [look.row(0, named=True) for look in pl.collect_all(looks, engine='streaming')]
-    except FAILURES:
-        return [_look_alone(look, part, asked) for look, part in zip(looks, parts)]
-
-def _look_alone(look, part, asked):
-    try:
-        return look.collect(engine='streaming').row(0, named=True)
-    except FAILURES as e:
-        raise AtftError(f'{asked.name}: {part.where} cannot be read ({first_line(e)}); '
-                        'write it again') from None
+    return [look.row(0, named=True) for look in _collected(looks, parts, asked)]
 
 # %% ../nbs/00l_intake.ipynb #_refuse
 def _refuse(part, rules, answers, asked):
@@ -310,7 +329,7 @@ def _placed(table, parts, looks, asked, counts, drop_nameless):
 class Taken(NamedTuple):
     "What came in"
     table:pl.LazyFrame # date Date, code String, wanted numbers Float64, kept columns as they are
-    files:list         # paths; [] for tables in memory
+    files:list         # paths or places; [] for tables in memory
     counts:dict        # what was read by a rule, left out or dropped -> how often
     examples:dict = {} # of what was dropped: up to three places
 
@@ -324,7 +343,7 @@ def _read_by_rule(source, asked, counts):
     "Parts, rules and answers; every column of every part can be read"
     _refuse_number_labels(source, asked)
     parts = parts_of(source, asked.name, counts, _needed(asked))
-    parts = _shaped(parts, asked, counts)
+    parts = _fetched(_shaped(parts, asked, counts), asked)
     rules = [_rules_of(part, asked) for part in parts]
     looks = _look(parts, rules, asked)
     for part, rule, answers in zip(parts, rules, looks):
@@ -338,7 +357,7 @@ def _read_by_rule(source, asked, counts):
 BAR = ('open', 'high', 'low', 'close', 'volume')
 
 def take(
-    source,                     # path of a file or folder; a polars, pandas or arrow table
+    source,                     # path or URL of a file or folder; a polars, pandas or arrow table
     numbers:tuple=BAR,          # columns wanted as numbers
     reading:Reading=Reading(),
     name:str='bars',            # who asks, as a refusal will begin

@@ -16,6 +16,7 @@ from .bars import (
 from .core import AtftError
 from .intake import Reading
 from .panel import Panel, _short_digest, append_shard
+from .places import Place, read_parquet
 from .repairs import (
     GAPS_LISTED, SPLITS_LISTED, _texts, find_gaps, find_jumps, flag_bars, repair_bars, repairs_found)
 from .sessions import (
@@ -47,12 +48,16 @@ def _check_appendable(panel):
         raise AtftError(f'append_bars: {panel.folder} is kept for the bars that it was made from; '
                         'make the panel in a folder of its own (out=..., --out) and append to that')
 
+def _memory_of(panel):
+    "Where digests of files are remembered: not beside a panel in a store"
+    return None if isinstance(panel.folder, Place) else panel.folder
+
 def _check_spec(panel, spec):
     "Code and options are those that the panel was made with; the digest of the new bars"
     if spec.factor:
         raise AtftError(f'append_bars: the prices of {panel.folder} were adjusted by {spec.factor} '
                         'from their first day on; make the panel again from all bars')
-    code = _bars_recipe(pl.DataFrame(), panel.folder, spec)['code']
+    code = _bars_recipe(pl.DataFrame(), _memory_of(panel), spec)['code']
     if code != panel.recipe['code']:
         raise AtftError(f'append_bars: {panel.folder} was made by other code or with other options; '
                         'make the panel again from all bars')
@@ -60,7 +65,7 @@ def _check_spec(panel, spec):
 # %% ../nbs/00v_longer.ipynb #_history
 def _history(panel):
     "Bars, days and codes that are kept beside a panel"
-    return [pl.read_parquet(panel.folder/f'history/{name}.parquet')
+    return [read_parquet(panel.folder/f'history/{name}.parquet')
             for name in ('last_bars', 'days', 'codes')]
 
 def _check_new(panel, new, days):
@@ -170,7 +175,7 @@ def append_bars(
     table = conform(table, asked, 'append_bars')
     _check_same_rows(panel, table, begin)
     findings = _longer_findings(panel.findings, found, taken, both, first)
-    data = _short_digest([panel.recipe['data'], _digest_of(bars, panel.folder/'history')])
+    data = _short_digest([panel.recipe['data'], _digest_of(bars, _memory_of(panel))])
     recipe = panel.recipe | dict(data=data)
     longer = append_shard(panel, table, said=dict(recipe=recipe, findings=findings, made=panel.made))
     _keep_history(panel.folder, both, found)

@@ -1,8 +1,10 @@
 "A URL where a folder goes, against an S3 server on this machine; and paths that look like patterns"
+import gzip
 import json
 import subprocess
 import sys
 import urllib.request
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +13,16 @@ import pytest
 import torch
 
 from atft.adopted import adopt_panel
-from atft.bars import open_panel
+from atft.backtest import backtest
+from atft.bars import bars_panel, open_panel
 from atft.core import AtftError
 from atft.data import OnlineRobustScaler, ParquetStockIterableDataset, make_loader
+from atft.intake import take
+from atft.judge import evaluate
+from atft.longer import append_bars
 from atft.panel import Panel, PanelSpec, append_shard, write_panel
 from atft.places import exists, name_of, place
+from atft.predictions import load_predictions
 from atft.shards import UNREAD
 from atft.targets import tiny_table
 
@@ -42,8 +49,9 @@ class Store:
     def url(self, path): return f's3://{KEY}:{SECRET}@{path}{self.options}'
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope='session')
 def store():
+    "One server for all tests of a process"
     server = [sys.executable, Path(__file__).with_name('store.py')]
     with subprocess.Popen(server, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as run:
         try:
@@ -68,7 +76,7 @@ def same(a, b):
     return all(torch.equal(mine.nan_to_num(9), theirs.nan_to_num(9)) for mine, theirs in pairs)
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope='session')
 def both(store, tmp_path_factory):
     "The same panel here and there"
     table = wide_table()
@@ -90,12 +98,13 @@ def test_the_stream_of_a_url_is_that_of_a_folder(both, workers):
     def batches(panel, workers):
         scaler = OnlineRobustScaler().fit(panel, panel.dates[:150])
         stream = ParquetStockIterableDataset(
-            panel, lookback=20, return_lookback=15, scaler=scaler, shuffle=True, span=64)
+            panel, panel.dates[150:190], lookback=20, return_lookback=15, scaler=scaler,
+            shuffle=True, span=16)
         return list(make_loader(stream, workers))
 
     here, there = both
     found = batches(there, workers)
-    assert len(found) == len(here.dates)
+    assert len(found) == 40
     assert all(map(same, batches(here, 0), found))
 
 
@@ -147,12 +156,17 @@ def test_shards_in_a_store_are_adopted_in_place(store, tmp_path):
     assert not any(KEY in text or 'verysecret' in text for text in kept)
 
 
-def test_unsorted_shards_in_a_store_become_a_sorted_copy(store, tmp_path):
-    table = tiny_table()
-    folder = place(store.url('theirs/by code'))
+def put_by_code(folder, table, tmp_path):
+    "Shards that are not sorted by day, into a store"
     for code, part in table.group_by('code'):
         part.write_parquet(tmp_path/'part.parquet')
         (folder/f'{code[0]}.parquet').upload(tmp_path/'part.parquet')
+
+
+def test_unsorted_shards_in_a_store_become_a_sorted_copy(store, tmp_path):
+    table = tiny_table()
+    folder = place(store.url('theirs/by code'))
+    put_by_code(folder, table, tmp_path)
     panel = adopt_panel(folder, SPEC, cache=tmp_path/'cache')
     assert 're-partitioned once' in panel.note
     whole = write_panel(table, tmp_path/'whole', SPEC)
@@ -203,13 +217,15 @@ def test_what_a_store_refuses_is_one_line_without_credentials(store, tmp_path):
     assert 'bucket does not exist' in refusal(lambda: write_panel(table, store.url('nowhere/a'), SPEC))
     assert 'does not exist; check' in refusal(lambda: Panel(store.url('market/none')))
     assert 'no permission' in refusal(lambda: Panel(store.url('forbidden/panel')))
-    closed = store.url('market/wide').replace(str(store.port), '1')
+    put_by_code(place(store.url('theirs/refused')), table, tmp_path)
+    write_panel(table, store.url('market/refused'), SPEC)
+    closed = store.url('market/refused').replace(str(store.port), '1')
     assert 'no answer from the store' in refusal(lambda: Panel(closed))
-    assert 'option of the URL' in refusal(lambda: Panel(store.url('market/wide')+'&wrong=1'))
+    assert 'option of the URL' in refusal(lambda: Panel(store.url('market/refused')+'&wrong=1'))
     assert 'no store that pyarrow' in refusal(lambda: Panel('ftp://there/panel'))
     assert 'no panel.json' in refusal(lambda: Panel(store.url('market')))
     assert 'kept on this machine' in refusal(
-        lambda: adopt_panel(store.url('theirs/by code'), SPEC, cache=store.url('market/cache')))
+        lambda: adopt_panel(store.url('theirs/refused'), SPEC, cache=store.url('market/cache')))
 
 
 def test_a_url_is_named_without_its_credentials(store, both):
@@ -239,3 +255,168 @@ def test_every_path_is_a_path(tmp_path, name):
     cut = write_panel(table.filter(pl.col('date') <= last), tmp_path/name/'cut', SPEC)
     grown = append_shard(cut, table.filter(pl.col('date') > last))
     assert grown.scan().collect().equals(whole.scan().collect())
+
+
+# Tables of others -------------------------------------------------------------------------------
+
+def plain_bars(codes=3, days=30, more=()):
+    rng = np.random.default_rng(1)
+    calendar = np.busday_offset('2020-01-01', np.arange(days), roll='forward').astype('datetime64[D]')
+    names = pl.DataFrame(dict(code=[f'{i:04d}' for i in range(codes)]))
+    table = names.join(pl.DataFrame(dict(date=calendar)), how='cross')
+    close = 100*np.exp(rng.normal(0, .01, (codes, days)).cumsum(1)).reshape(-1)
+    rows = dict(open=close, high=close*1.01, low=close*.99, close=close, volume=close.round()+1)
+    return table.with_columns(**rows, **{c: rng.normal(size=len(table)) for c in more})
+
+
+def upload(folder, place_there):
+    "Every file of a folder into a store"
+    for file in folder.rglob('*'):
+        if file.is_file(): (place_there/str(file.relative_to(folder))).upload(file)
+
+
+def hive(folder, table):
+    for (month,), part in table.group_by(pl.col('date').dt.month()):
+        home = folder/f'month={month}'/'deep er'
+        home.mkdir(parents=True)
+        part.write_parquet(home/'bars[1].parquet')
+    (folder/'notes.txt').write_text('no table')
+    (folder/'month=1'/'._bars.parquet').write_bytes(b'a Mac was here')
+
+
+def csv_by_code(folder, table):
+    for (code,), part in table.group_by('code'):
+        part.drop('code').write_csv(folder/f'{code}.csv')
+
+
+def csv_gz(folder, table):
+    with gzip.open(folder/'bars.csv.gz', 'wb') as file: table.write_csv(file)
+
+
+def feather(folder, table): table.write_ipc(folder/'bars.feather')
+def stream(folder, table): table.write_ipc_stream(folder/'bars.arrow')
+def large(folder, table):
+    kinds = dict(code=pl.Categorical, close=pl.Decimal(18, 4), volume=pl.Int64)
+    kinds['date'] = pl.Datetime('ns', 'Asia/Tokyo')
+    table = table.with_columns(pl.col('date').cast(pl.Datetime('ns')).dt.replace_time_zone('Asia/Tokyo'))
+    table.with_columns(close=pl.col('close').round(2)).cast(kinds).write_parquet(folder/'a.pq')
+
+
+@pytest.mark.parametrize('write', [hive, csv_by_code, csv_gz, feather, stream, large])
+def test_a_folder_of_tables_in_a_store_is_read_as_on_a_disk(store, tmp_path, write):
+    write(tmp_path, plain_bars())
+    there = place(store.url(f'theirs/tables {write.__name__}'))
+    upload(tmp_path, there)
+    here = take(tmp_path)
+    found = take(str(there))  # the URL as it is shown, its credentials are known
+    assert found.table.collect().equals(here.table.collect())
+    assert (found.counts, len(found.files)) == (here.counts, len(here.files))
+    assert [file.relative_to(there) for file in found.files] == [
+        file.relative_to(tmp_path) for file in here.files]
+    if len(here.files) == 1: assert take(found.files[0]).table.collect().equals(here.table.collect())
+
+
+def test_of_a_wide_table_in_a_store_the_wanted_columns_pass_once(store, tmp_path):
+    table = plain_bars(20, 200, [f'more{i}' for i in range(40)])
+    table.write_parquet(tmp_path/'wide.parquet')
+    file = place(store.url('theirs/wide.parquet'))
+    file.upload(tmp_path/'wide.parquet')
+    before = store.passed
+    taken = take(file)
+    assert taken.table.collect().equals(table.select(taken.table.collect_schema().names()))
+    assert store.passed-before < .35*file.stat().st_size
+
+
+def test_a_panel_of_bars_in_a_store_may_lie_in_a_store(store, tmp_path, capsys):
+    bars = plain_bars(4, 80)
+    day = pl.col('date')
+    cut = bars['date'].unique().sort()[69]
+    kept = dict(universe=pl.DataFrame(dict(code=['0000', '0001', '0002'], first=[date(2019, 1, 1)]*3,
+                                           last=[None]*3), schema_overrides=dict(last=pl.Date)),
+                sectors=pl.DataFrame(dict(code=['0000', '0001'], sector=['banks', 'steel'])),
+                join=pl.DataFrame(dict(code=['0000']*2, said=[date(2020, 1, 9), date(2020, 3, 9)],
+                                       profit=[1., 2.])))
+    (tmp_path/'bars').mkdir()
+    hive(tmp_path/'bars', bars.filter(day <= cut))
+    for name, table in kept.items(): table.write_csv(tmp_path/f'{name}.csv')
+    upload(tmp_path, place(store.url('theirs/own')))
+
+    def made(where, out):
+        tables = {name: f'{where[0]}/{name}.csv{where[1]}' for name in kept}
+        return bars_panel(f'{where[0]}/bars{where[1]}', tmp_path/'cache', out=out, as_of='said', **tables)
+
+    here = made((tmp_path, ''), tmp_path/'panel')
+    url = store.url('theirs/own').partition('?')
+    there = made((url[0], '?'+url[2]), store.url('market/of bars'))
+    assert there.scan().collect().equals(here.scan().collect())
+    assert there.findings == here.findings
+    before = store.passed
+    again = made((url[0], '?'+url[2]), store.url('market/of bars'))
+    assert again.fingerprint == there.fingerprint
+    assert store.passed-before < 150_000  # footers and ends: nothing is made again
+    new = bars.filter(day > cut)
+    new.write_csv(tmp_path/'new.csv')
+    file = place(store.url('theirs/new.csv'))
+    file.upload(tmp_path/'new.csv')
+    longer = append_bars(there, file)
+    assert longer.scan().collect().equals(append_bars(here, new).scan().collect())
+    texts = [p.read_text() for p in (tmp_path/'cache').rglob('*.json')]
+    texts += [(longer.folder/'panel.json').read_text(), capsys.readouterr().err]
+    assert not any(KEY in text or 'verysecret' in text for text in texts)
+
+
+def test_changed_bars_in_a_store_are_other_bars(store, tmp_path):
+    file = place(store.url('theirs/changing.csv'))
+    bars = plain_bars()
+    bars.write_csv(tmp_path/'changing.csv')
+    file.upload(tmp_path/'changing.csv')
+    first = bars_panel(file, tmp_path)
+    assert bars_panel(file, tmp_path).folder == first.folder
+    bars.with_columns(close=pl.col('close')*1.001).write_csv(tmp_path/'changing.csv')
+    file.upload(tmp_path/'changing.csv')
+    assert bars_panel(file, tmp_path).folder != first.folder
+
+
+def test_predictions_and_prices_in_a_store_are_judged(store, tmp_path):
+    rows = plain_bars(8, 40).select('date', 'code', 'close', horizon=1)
+    ahead = pl.col('close').shift(-1).over('code')/pl.col('close')-1
+    rows = rows.with_columns(target=ahead, prediction=pl.col('close').sin())
+    rows.drop('close').write_parquet(tmp_path/'p.parquet')
+    rows.select('date', 'code', 'close').write_csv(tmp_path/'prices.csv')
+    for name in ('p.parquet', 'prices.csv'): place(store.url(f'theirs/{name}')).upload(tmp_path/name)
+    url = store.url('theirs/p.parquet')
+    here = load_predictions(tmp_path/'p.parquet')
+    assert load_predictions(url).equals(here)
+    assert evaluate(url, draws=0).equals(evaluate(here, draws=0))
+    how = dict(top=2, entry='close', impact=0)
+    found = backtest(url, prices=store.url('theirs/prices.csv'), **how)
+    assert found.equals(backtest(here, prices=tmp_path/'prices.csv', **how))
+
+
+def test_what_is_wrong_with_tables_in_a_store_is_one_line(store, tmp_path):
+    table = plain_bars()
+    folder = place(store.url('theirs/wrong'))
+    table.write_parquet(tmp_path/'whole.parquet', row_group_size=20)
+    content = (tmp_path/'whole.parquet').read_bytes()
+    files = {'cut.parquet': content[:-9], 'empty.csv': b'', 'text.xyz': b'what is this?',
+             'short.csv': b'date,code,close\n2020-01-01,A,1\n2020-01-02,00',
+             'page.parquet': content[:40]+bytes(900)+content[940:], 'not.feather': b'ARROW1 no'}
+    for name, content in files.items():
+        (tmp_path/'one').write_bytes(content)
+        (folder/name).upload(tmp_path/'one')
+    def refused(path): return refusal(lambda: take(store.url(path), ('close',)))
+    assert 'cut.parquet' in refused('theirs/wrong/cut.parquet')
+    assert 'is cut off or not Parquet' in refused('theirs/wrong/cut.parquet')
+    assert 'is an empty file' in refused('theirs/wrong/empty.csv')
+    assert 'is no table that is known' in refused('theirs/wrong/text.xyz')
+    assert 'its last row is short' in refused('theirs/wrong/short.csv')
+    assert 'page.parquet' in refused('theirs/wrong/page.parquet')
+    assert 'is cut off or not Arrow' in refused('theirs/wrong/not.feather')
+    assert 'two kinds of tables' in refused('theirs/wrong')
+    assert 'does not exist; check the path' in refused('theirs/nothing')
+    assert 'no bucket nowhere' in refused('nowhere/bars.parquet')
+    assert 'no permission' in refused('forbidden/bars.parquet')
+    assert 'no bucket nowhere' in refusal(lambda: bars_panel(store.url('nowhere/bars'), tmp_path))
+    table.rename(dict(close='Close')).write_parquet(tmp_path/'one')
+    (folder/'named.parquet').upload(tmp_path/'one')
+    assert '--columns Close=close' in refused('theirs/wrong/named.parquet')
