@@ -25,7 +25,7 @@ from .targets import PanelSpec
 @dataclass(frozen=True)
 class DoorSpec:
     "How bars become a panel, as it is typed; refuses at birth; URLs without credentials"
-    columns:str|None = None   # names of the columns, theirs=ours: px_last=close,dt=date
+    columns:str|None = None   # their names to ours, pairs with an equals sign, commas between
     dates:str|None = None     # form of dates in text or numbers: %Y%m%d, or the unit s, ms, us, ns
     zone:str|None = None      # stamps are days of this time zone: Asia/Tokyo
     codes:int|None = None     # width of codes that are numbers: 50 is 0050 with 4

@@ -54,14 +54,28 @@ def _some(names, most=30):
     shown = ', '.join(name if name.isprintable() else repr(name) for name in names[:most])
     return shown if len(names) <= most else f'{shown} and {len(names)-most:,} more'
 
+def _alike(missing, have):
+    "{theirs: ours} of the columns that are there under another name"
+    told = {}
+    for ours in reversed(missing):
+        theirs = next((c for c in have if _like(c, ours) and c not in told), None)
+        if theirs is not None: told[theirs] = ours
+    return told
+
+def _may_be_wide(missing, told, asked):
+    "No number is there, and no code: a matrix, perhaps"
+    return 'close' in asked.numbers and set(asked.numbers) <= set(missing) and set(told.values()) <= {'date'}
+
 def _no_column(part, have, asked):
     "The refusal of a part that lacks columns: what was found, and what to tell"
     missing = asked.missing(have)
-    pairs = [(c, wanted) for wanted in missing for c in have if _like(c, wanted)]
-    told = dict(reversed(pairs)) or {'theirs': missing[0]}
+    told = _alike(missing, have)
+    is_wide = _may_be_wide(missing, told, asked)
+    matrix = '; or, if it has a column for each code: wide=close (--wide close)' if is_wide else ''
+    told = told or {'theirs': missing[0]}
     flag = ','.join(f'{theirs}={ours}' for theirs, ours in told.items())
-    return AtftError(f'{asked.name}: {part.where}: no column {missing[0]!r} '
-                     f'(found {_some(have)}); tell which it is: columns={told} (--columns {flag})')
+    return AtftError(f'{asked.name}: {part.where}: no column {missing[0]!r} (found {_some(have)}); '
+                     f'tell which it is: columns={told} (--columns {flag}){matrix}')
 
 # %% ../nbs/00l_intake.ipynb #_named
 def _told_names(have, part, asked):
@@ -138,6 +152,8 @@ def _shaped(parts, asked, counts):
             raise AtftError(f'{asked.name}: wide={asked.reading.wide} is none of '
                             f'{", ".join(asked.numbers)}; tell which of them the matrix holds')
         parts = [_long(part, asked) for part in parts]
+        lacking = [c for c in asked.numbers if c != asked.reading.wide]
+        if lacking: counts[f'columns that the matrix has not: {", ".join(lacking)}'] = len(lacking)
     parts = _with_codes(parts, asked, counts)
     for part in parts:
         have = _names_in(part)

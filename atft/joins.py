@@ -75,7 +75,7 @@ def with_sectors(
 # %% ../nbs/00u_joins.ipynb #_read_ranges
 def _as_day(column, kind):
     "A column of days, from days, stamps or ISO text"
-    if kind == pl.String: return pl.col(column).str.to_date('%Y-%m-%d', strict=False)
+    if kind == pl.String: return pl.col(column).str.strip_chars().str.to_date('%Y-%m-%d', strict=False)
     return pl.col(column).cast(pl.Date)
 
 def _read_ranges(source, reading):
@@ -86,7 +86,8 @@ def _read_ranges(source, reading):
     table = taken.table.collect()
     kind = table.schema['last']
     ranges = table.select('code', first='date', last=_as_day('last', kind))
-    unread = table.filter(ranges['last'].is_null() & table['last'].is_not_null())
+    is_told = table['last'].cast(pl.String).str.strip_chars() != ''
+    unread = table.filter(ranges['last'].is_null() & is_told)
     if len(unread):
         raise AtftError(f'universe: last={unread[0, "last"]!r} of {unread[0, "code"]} is no date; '
                         'write it as YYYY-MM-DD, or nothing for a code that is still a member')

@@ -33,7 +33,7 @@ PILLARS = (
         '00_data 00a_core 00b_panel 00c_bars 00d_market 00e_project 00f_reports '
         '00g_correlation 00h_intervals 00i_targets 00j_adopted 00k_shards '
         '00l_intake 00m_sessions 00n_repairs 00o_places 00p_features 00q_causal 00r_vendors '
-        '00s_forms 00t_rules 00u_joins 00v_longer 00w_door'),
+        '00s_forms 00t_rules 00u_joins 00v_longer 00w_door 00x_any_table'),
     _pillar('graph', '60 days, k = 20,', '|corr| ≥ 0.3, cached',
         '01_graph 01a_neighbours 01b_sectors'),
     _pillar('network', 'FAN, SAN, encoder,', 'graph, heads, losses',
@@ -86,14 +86,14 @@ def plot_road(
     ax.axis('off')
 
 # %% ../nbs/00e_project.ipynb #_SVG
-_SVG = '''<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1000 580" role="img" \
+_SVG = '''<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1000 HEIGHT" role="img" \
 aria-label="The road data takes, from a table of bars to a dated report">
 <style>text{font-family:Helvetica,Arial,sans-serif;text-anchor:middle;fill:#222}
 .t{font-size:15px;font-weight:bold}.s{font-size:12px}.n{font-size:10.5px;fill:#555}
 .a{stroke:#777;stroke-width:2;marker-end:url(#m)}</style>
 <defs><marker id="m" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="6" markerHeight="6" \
 orient="auto"><path d="M0 0L10 5L0 10z" fill="#777"/></marker></defs>
-<rect width="1000" height="580" fill="white"/>'''
+<rect width="1000" height="HEIGHT" fill="white"/>'''
 _FILLS = '#dbe9f6 #dbe9f6 #fde5cc #fde5cc #d9f0d3 #eeeeee'.split()
 
 # %% ../nbs/00e_project.ipynb #road_svg
@@ -106,7 +106,8 @@ def _svg_box(left, top, height, fill, lines):
 
 def road_svg()->str:
     "The road as a drawing: `PILLARS` from left to right, their notebooks below"
-    out = [_SVG]
+    deep = max(len(pillar.rooms) for pillar in PILLARS)
+    out = [_SVG.replace('HEIGHT', str(105+25*deep))]
     for number, pillar in enumerate(PILLARS):
         left = 10+168*number
         lines = [(24, 't', pillar.title), (44, 's', pillar.says[0]), (60, 's', pillar.says[1])]

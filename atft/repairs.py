@@ -29,6 +29,10 @@ def _positive(column):
     value = pl.col(column)
     return ((value > 0) & value.is_finite()).fill_null(False)
 
+def _is_wrong(column):
+    "Whether there is a number that cannot be meant; what is not there is no wrong number"
+    return pl.col(column).is_not_null() & ~_positive(column)
+
 def _is_stale():
     "Whether the bar repeats the code's bar before it"
     before = [pl.col(c).shift(1).over('code', order_by='date') for c in BARS]
@@ -48,9 +52,9 @@ def flag_bars(
     "Find the bars that each rule speaks of"
     numbers = [pl.col(c).cast(pl.Float64) for c in BARS]
     bars = ohlcv.select('date', 'code', *numbers).sort('code', 'date')
-    prices = [_positive(c) for c in ('open', 'high', 'low')]
+    prices = [_is_wrong(c) for c in ('open', 'high', 'low')]
     bars = bars.with_columns(
-        is_zero_price=~pl.all_horizontal(prices), is_zero_volume=~_positive('volume'),
+        is_zero_price=pl.any_horizontal(prices), is_zero_volume=_is_wrong('volume'),
         is_no_close=~_positive('close'))
     bars = bars.with_columns([pl.when(_positive(c)).then(pl.col(c)).alias(c) for c in BARS])
     is_swapped = (pl.col('high') < pl.col('low')).fill_null(False)
@@ -231,14 +235,13 @@ def _of_gaps(findings):
 def _of_beside(findings):
     "What stands beside the bars, and what it does not tell"
     lines = [f'  {what}: {count:,}' for what, count in findings.get('beside', {}).items()]
-    universe = findings.get('universe')
-    if universe:
-        without = universe['days_without_list']
-        more = f', {without:,} sessions have no list' if without else ''
-        lines.append(f'  universe: {universe["rows_left_out"]:,} rows of no members left out{more}')
-    unknown = [f'{c} {count:,}' for c, count in findings.get('unknown', {}).items() if count]
-    if unknown: lines.append(f'  not known, rows: {", ".join(unknown)}')
-    return lines
+    out = findings.get('universe', {})
+    if out.get('rows_left_out'):
+        lines.append(f'  universe: {out["rows_left_out"]:,} rows of no members left out')
+    if out.get('days_without_list'):
+        lines.append(f'  universe: {out["days_without_list"]:,} sessions without a list')
+    unknown = findings.get('unknown', {})
+    return lines+[f'  {c}: not known in {rows:,} rows' for c, rows in unknown.items() if rows]
 
 # %% ../nbs/00n_repairs.ipynb #findings_lines
 def findings_lines(

@@ -140,7 +140,8 @@ def _day_of_stamp(stamp, carried, told):
 # %% ../nbs/00t_rules.ipynb #_day_of_iso
 ISO = (r'^\d{4}-\d\d-\d\d(?:[ T]\d\d:\d\d(?::\d\d(?:\.\d+)?)?(?:Z|[+-]\d\d:?\d\d)?)?$')
 MIDNIGHT = r'^.{10}(?:[ T]00:00(?::00(?:\.0+)?)?(?:Z|[+-]\d\d:?\d\d)?)?$'
-HOW_DATES = 'YYYY-MM-DD, or its form told: dates=%Y%m%d (--dates %Y%m%d)'
+HOW_DATES = ('YYYY-MM-DD, or its form told: dates=%Y%m%d (--dates %Y%m%d); of an epoch its unit: '
+             'dates=s, ms, us or ns')
 
 def _day_of_iso(text, zone):
     "The day of text as 2024-01-31, or of a stamp in that form"
@@ -181,7 +182,8 @@ def _day_of_told(text, reading):
         if re.search(TIMES, form):
             rule = _day_of_stamp(number, 'UTC' if '%z' in form else None, reading.zone)
     unread = text.is_not_null() & number.is_null()
-    done = ((f'dates parsed from text {form}', text.is_not_null()), *rule.done)
+    done = rule.done
+    if form not in EPOCHS: done = ((f'dates parsed from text {form}', text.is_not_null()), *done)
     refused = ((unread, f'dates in the form {form} that was told'), *rule.refused)
     return Rule(rule.value, refused, done)
 
@@ -200,7 +202,7 @@ def date_rule(column, kind, reading):
     if kind in TEXTS and reading.dates: return _day_of_told(_text(column), reading)
     if kind in TEXTS: return _day_of_iso(_text(column), reading.zone)
     if not kind.is_numeric() or reading.dates is None:
-        return _all_refused(column, f'a Date, or {HOW_DATES}; of an epoch its unit: dates=s')
+        return _all_refused(column, f'a Date, or {HOW_DATES}')
     whole = raw.cast(pl.Int64, strict=False)
     rule = _day_of_told(whole.cast(pl.String), reading)
     if kind.is_integer(): return rule

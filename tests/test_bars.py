@@ -1,11 +1,14 @@
 "Bars as people have them: sessions, repairs, vendors, and what stands beside them; counted, or refused"
 import gzip
+import shlex
 from datetime import date, timedelta
 
 import numpy as np
 import polars as pl
 import pytest
+from conftest import ROOT
 
+from atft import door
 from atft.bars import (
     Reading, SessionRule, assert_causal, bars_panel, count_repairs, open_panel, panel_from_ohlcv,
     read_bars)
@@ -13,7 +16,10 @@ from atft.causal import find_leaks
 from atft.core import AtftError
 from atft.longer import append_bars
 from atft.panel import Panel, PanelSpec, tiny_table, write_panel
+from atft.inference import open_data, split_of
+from atft.repairs import findings_lines
 from atft.sessions import sessions_per_year
+from atft.specs import read_command_line
 from atft.vendors import adjusted
 
 NUMBERS = ('open', 'high', 'low', 'close', 'volume')
@@ -683,3 +689,54 @@ def test_hourly_bars_in_files_are_told_what_a_day_is(form, tmp_path):
         options = dict(vendor='jquants')
     with pytest.raises(AtftError, match='C00 has 2 bars on 2020-01-01; a day is one bar.*aggregate to daily'):
         bars_panel(source, tmp_path/'cache', **options)
+
+
+# --- what the README says to type
+
+def readme_lines():
+    "The commands of the section on one's own table"
+    section = (ROOT/'README.md').read_text().split('## Your own table')[1].split('\n## ')[0]
+    block = section.split('```bash\n')[1].split('```')[0]
+    return [line.partition('  #')[0].strip() for line in block.splitlines()]
+
+
+def test_the_commands_of_the_readme_work_as_they_stand(tmp_path, monkeypatch, capsys):
+    "On made-up bars of the days that it speaks of; the data of the training are opened and split"
+    monkeypatch.chdir(tmp_path)
+    table = bars(8, dates=calendar(620, '2014-03-03'))
+    month = pl.col('date') >= table['date'].unique().sort()[-20]
+    table.filter(~month).write_csv('bars.csv')
+    table.filter(month).write_csv('next_month.csv')
+    made, trained, longer = [shlex.split(line) for line in readme_lines()]
+    assert made[:3] == longer[:3] == ['python', '-m', 'atft.bars'] and trained[2] == 'atft.phases'
+    door.main(made[3:])
+    assert capsys.readouterr().out.startswith('bars: 4,800 rows, 8 codes, 600 sessions')
+    run = read_command_line(trained[3:])
+    split = split_of(run, open_data(run, tmp_path/'cache'))
+    assert all(len(days) > 20 for days in (split.train, split.valid, split.test))
+    door.main(longer[3:])
+    assert '620 days' in capsys.readouterr().out
+
+
+# --- what the first users stumbled over
+
+def test_what_is_null_is_no_price_of_zero(tmp_path):
+    "A matrix of closes has no open, high, low, volume: nothing of it was repaired"
+    BARS.pivot('code', index='date', values='close').write_csv(tmp_path/'prices.csv')
+    found = bars_panel(tmp_path/'prices.csv', tmp_path/'cache', reading=Reading(wide='close')).findings
+    assert found['repairs'] == {}
+    assert found['intake'] == {'columns that the matrix has not: open, high, low, volume': 4}
+    with pytest.raises(AtftError, match=r'a column for each code: wide=close \(--wide close\)'):
+        bars_panel(tmp_path/'prices.csv', tmp_path/'cache')
+
+
+def test_members_and_unknown_facts_are_told(tmp_path):
+    members = pl.DataFrame(dict(code=['C00', 'C01'], first=['2020-01-01']*2, last=['', '2020-03-02']))
+    facts = pl.DataFrame(dict(code=['C00'], published=['2020-02-03'], eps=[1.]))
+    panel = bars_panel(BARS, tmp_path, universe=members, join=facts, as_of='published')
+    told = '\n'.join(findings_lines(panel.findings))
+    of_members = panel.scan().select('code', 'date', 'eps').collect()
+    unknown = of_members['eps'].null_count()
+    assert f'universe: {len(BARS)-len(of_members):,} rows of no members left out' in told
+    assert f'eps: not known in {unknown:,} rows' in told and unknown
+    assert of_members.filter(code='C01')['date'].max() == date(2020, 3, 2)
