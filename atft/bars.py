@@ -57,7 +57,7 @@ class BarsSpec:
     sectors:object = None               # path or table: code, date, what is kept of a code
     universe:object = None              # path or table: code, first, last; or date, code
     join:object = None                  # path or table of fundamentals: code, when, numbers
-    as_of:str|None = None               # the column of `join` that says when it was published
+    as_of:str|None = None               # the column of `join` that says when it was published; or DAY,TIME
     sessions:SessionRule = SessionRule()
 
     def __post_init__(self):

@@ -70,6 +70,10 @@ def _check_new(panel, new, days):
     "The new bars begin after the last day of the old ones"
     first = new.select(pl.col('date').min()).collect().item()
     last = days['date'].max()
+    if panel.dates[-1].item() > last:
+        raise AtftError(f'append_bars: {panel.folder} ends on {panel.dates[-1]}, the bars beside it '
+                        f'on {last}: somebody else appended to it, or was cut off; make the panel '
+                        'again from all bars')
     if first <= last:
         raise AtftError(f'append_bars: the bars begin on {first}, those of {panel.folder} end on '
                         f'{last}; give the days after that, or make the panel again from all bars')

@@ -11,7 +11,7 @@ from conftest import ROOT
 from atft import door
 from atft.bars import (
     Reading, SessionRule, assert_causal, bars_panel, count_repairs, open_panel, panel_from_ohlcv,
-    read_bars)
+    read_bars, sessions_of_bars)
 from atft.causal import find_leaks
 from atft.core import AtftError
 from atft.longer import append_bars
@@ -460,7 +460,12 @@ def test_only_what_can_be_made_longer_is(tmp_path):
         append_bars(bars_panel(first, tmp_path/'cache'), rest)
     own = bars_panel(first, tmp_path/'cache', out=tmp_path/'own')
     with pytest.raises(AtftError, match='give the days after that'): append_bars(own, BARS)
+    days = (tmp_path/'own/history/days.parquet').read_bytes()
     assert append_bars(own, rest).num_rows == 3000
+    (tmp_path/'own/history/days.parquet').write_bytes(days)
+    later = BARS.filter(pl.col('date') == BARS['date'].max()).with_columns(date=date(2020, 6, 1))
+    with pytest.raises(AtftError, match='the bars beside it on 2020-03-31: somebody else'):
+        append_bars(Panel(tmp_path/'own'), later)
 
 
 def raw_with_splits(codes=12, days=440, ex=(300, 430, 432, 436)):
@@ -595,7 +600,7 @@ def test_a_code_that_comes_back_after_years_is_a_gap_in_the_longer_panel(tmp_pat
 @pytest.mark.parametrize('codes', [10, 30])
 def test_a_thin_market_keeps_its_days(codes, share):
     table = bars(codes, 300, seed=4).sample(fraction=share, seed=1)
-    assert panel_from_ohlcv(table).collect()['date'].n_unique() == table['date'].n_unique()
+    assert len(sessions_of_bars(table.lazy()).dates) == table['date'].n_unique()
 
 
 @pytest.mark.parametrize('left', [7, 10, 14, 20])
@@ -603,7 +608,7 @@ def test_a_thin_market_keeps_its_days(codes, share):
 def test_most_of_the_universe_may_be_delisted_at_the_end(left, days):
     end = BARS['date'].unique().sort()[-1-days]
     table = BARS.filter((pl.col('date') <= end) | (pl.col('code') < f'C{left:02d}'))
-    assert panel_from_ohlcv(table).collect()['date'].n_unique() == 100
+    assert len(sessions_of_bars(table.lazy()).dates) == 100
 
 
 @pytest.mark.parametrize('codes, day', [(3, date(2020, 3, 7)), (30, date(2020, 3, 7)), (30, date(2020, 3, 9))])
@@ -612,7 +617,7 @@ def test_a_stray_day_at_the_end_is_no_session(codes, day):
     friday = date(2020, 3, 6)
     early = BARS.filter((pl.col('date') <= friday) & (pl.col('code') < f'C{codes:02d}'))
     stray = pl.concat([early, moved('C01', friday, day)])
-    assert panel_from_ohlcv(stray).collect()['date'].max() == friday
+    assert sessions_of_bars(stray.lazy()).dates['date'].max() == friday
 
 
 # --- two publications of a day

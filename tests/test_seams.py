@@ -29,6 +29,7 @@ from atft.market import synthetic_market
 from atft.network import PARTS, register_part
 from atft.panel import Panel, as_target
 from atft.phases import (
+from atft.specs import flat_names
     CHECKPOINT_VERSION, Callback, Phase, RunFolder, RunSpec, Stopped, check_run, load_checkpoint,
     run_phases, setup)
 
@@ -320,8 +321,8 @@ def test_a_part_that_is_not_silent_at_birth_is_refused_in_one_line(mine, small_m
 
 # --- options of the graph by their flat names
 
-GRAPHS = [dict(demean=True), dict(halflife=20.), dict(shrinkage=.3), dict(sectors=True),
-          dict(graph_lookback=45), dict(demean=True, halflife=30., shrinkage=.2, sectors=True)]
+GRAPHS = [dict(demean=True), dict(halflife=20.), dict(shrinkage=.3), dict(sector_edges=True),
+          dict(graph_lookback=45), dict(demean=True, halflife=30., shrinkage=.2, sector_edges=True)]
 
 
 class Opened(Exception):
@@ -347,7 +348,7 @@ def test_options_of_the_graph_reach_its_edges_and_the_config(
         options, small_market, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     made, folder = begin(small_market, tmp_path/'run', **options)
-    own = {name.removeprefix('graph_'): value for name, value in options.items()}
+    own = {flat_names()[name].field: value for name, value in options.items()}
     spec = GraphSpec(**own)
     config = folder.read_config()
     assert {name: config['run'][name] for name in options} == options
