@@ -51,7 +51,7 @@ def _check_appendable(panel):
 
 def _memory_of(panel):
     "Where digests of files are remembered: not beside a panel in a store"
-    return None if isinstance(panel.folder, Place) else panel.folder
+    return None if isinstance(panel.folder, Place) else panel.folder/'history'
 
 def _check_spec(panel, spec):
     "Code and options are those that the panel was made with; the digest of the new bars"

@@ -383,7 +383,8 @@ def write_parquet(
             table.write_parquet(Path(folder)/'table')
             file.upload(Path(folder)/'table')
         return
-    with atomic_path(file) as temp: table.write_parquet(temp)
+    # by pyarrow, which says of a full disk what Python says
+    with atomic_path(file) as temp: pq.write_table(table.to_arrow(), temp)
 
 # %% ../nbs/00o_places.ipynb #together
 AT_ONCE = 16 # files that a store is asked for at the same time

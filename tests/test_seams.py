@@ -29,9 +29,9 @@ from atft.market import synthetic_market
 from atft.network import PARTS, register_part
 from atft.panel import Panel, as_target
 from atft.phases import (
-from atft.specs import flat_names
     CHECKPOINT_VERSION, Callback, Phase, RunFolder, RunSpec, Stopped, check_run, load_checkpoint,
     run_phases, setup)
+from atft.specs import flat_names
 
 TINY = dict(max_epochs=1, hidden=8, lookback=10, embargo=5)
 
