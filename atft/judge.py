@@ -227,10 +227,13 @@ def with_holm(
 # %% ../nbs/04b_judge.ipynb #_paired
 _ROW = ('date', 'code', 'target_name')
 
+def _to_judge(table):
+    "The rows with a prediction and a target"
+    return table.drop_nulls(['prediction', 'target']).select(_ROW)
+
 def _paired(a, b):
-    "Daily rank ICs of two tables on the rows that both predict, beside each other; None without"
-    known = a.drop_nulls('prediction').select(_ROW)
-    common = known.join(b.drop_nulls('prediction').select(_ROW), on=_ROW)
+    "Daily rank ICs of two tables on the rows that both are judged on; None without"
+    common = _to_judge(a).join(_to_judge(b), on=_ROW)
     if not len(common): return None
     series = []
     for table in (a, b):
@@ -245,7 +248,8 @@ def _differences(a, b, names):
     "Rows of `compare` for two tables"
     paired = _paired(a, b)
     if paired is None:
-        raise AtftError(f'compare: no row is predicted by both {names[0]} and {names[1]}')
+        raise AtftError(f'compare: no row is predicted by both {names[0]} and {names[1]}, with a '
+                        'target in both; give tables of the same days and codes')
     paired = paired.with_columns(difference=pl.col('rank_ic_b')-pl.col('rank_ic'))
     rows = []
     for (h, target_name), days in paired.group_by(_TARGET, maintain_order=True):
@@ -272,7 +276,7 @@ def compare(
     *predictions,         # two or more tables; each is compared with the one before it
     names:tuple[str, ...]|None=None, # what to call them
 )->pl.DataFrame: # horizon, target_name, a, b, difference (b - a), low, high, p, holm, t, days
-    "Paired differences of daily rank IC, on the rows that both predict, with 95% intervals"
+    "Paired differences of daily rank IC, on the rows that both are judged on, with 95% intervals"
     if len(predictions) < 2:
         raise AtftError(f'compare: {len(predictions)} table given; give at least two')
     names = _names_for(predictions, names)
