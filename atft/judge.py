@@ -15,17 +15,20 @@ import torch
 
 from .core import AtftError
 from .correlation import rank_ic
-from .intervals import apart, bootstrap_interval, holm, mean_interval
+from .intervals import (
+    PERSISTENT, apart, bootstrap_interval, holm, mean_interval, persistence)
 from .predictions import daily_ic, dense, load_predictions, targets_in
 
 # %% ../nbs/04b_judge.ipynb #_note
 _TARGET = ('horizon', 'target_name') # what a row of every frame begins with
 
-def _note(days, enough, constant, names):
+def _note(days, enough, constant, names, kept=0.):
     "What a reader must know before the number; '' if nothing"
     if not days: return f'no day has 5 codes with prediction and target (at most {names})'
     if constant == days: return 'predictions are constant across codes'
-    return '' if enough else 'too few days for an interval'
+    if not enough: return 'too few days for an interval'
+    if kept <= PERSISTENT: return ''
+    return f'a day keeps {kept:.0%} of the day before: the intervals are wider for it'
 
 # %% ../nbs/04b_judge.ipynb #_calibration
 def _calibration(rows):
@@ -69,7 +72,7 @@ def _of_series(daily, horizon, draws, level):
     series = daily.to_numpy()
     x = daily.drop_nulls().to_numpy()
     mean = mean_interval(series, horizon, level)
-    boot = bootstrap_interval(x, draws=draws)
+    boot = bootstrap_interval(x, draws=draws, horizon=horizon)
     alone = apart(series, horizon)
     headline = dict(rank_ic=mean['mean'])
     headline |= {name: mean[name] for name in ('low', 'high', 'p', 't')}
@@ -84,12 +87,13 @@ def _row(table, daily, horizon, name, draws, level):
     days = daily.drop_nulls('rank_ic')
     constant = int((days['spread'].fill_null(0) <= 0).sum())
     enough = found['low'] == found['low']
+    kept = persistence(days['rank_ic'].to_numpy(), horizon)
     return dict(
         horizon=horizon, target_name=name, **found, ic=daily['ic'].mean(),
         rank_autocorrelation=rank_autocorrelation(dense(table, name).prediction),
         **_calibration(table.filter(pl.col('target_name') == name)),
         days=len(days), days_constant=constant, names=daily['names'].mean(),
-        note=_note(len(days), enough, constant, daily['names'].max()))
+        note=_note(len(days), enough, constant, daily['names'].max(), kept))
 
 # %% ../nbs/04b_judge.ipynb #evaluate
 def evaluate(

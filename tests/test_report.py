@@ -234,6 +234,13 @@ def test_tables_without_enough_names_are_refused(result):
     assert len(compare(*[one]*10, names=tuple('0123456789'))) == 9
 
 
+def test_no_interval_stands_beside_too_few_days():
+    judged = evaluate(example_predictions(.5, codes=20, days=120), draws=50)
+    short = judged.filter(pl.col('low').is_null())
+    assert short['horizon'].to_list() == [20] and short['note'][0].startswith('too few days')
+    assert judged['boot_low'].is_null().to_list() == judged['low'].is_null().to_list()
+
+
 @pytest.mark.parametrize('turned', [False, True])
 @pytest.mark.parametrize('column', ['target', 'prediction'])
 def test_tables_are_compared_on_rows_that_both_are_judged_on(column, turned):
