@@ -234,11 +234,12 @@ class _Blocks:
         return mean/np.sqrt(np.maximum(variance, 1e-30))
 
     def rank_elsewhere(self, half):
-        "Where the best of one half stands on the other half, as a share; equals count half"
+        "Where the best of one half stand on the other half, as shares; equals share their ranks"
         others = [b for b in range(len(self.days)) if b not in half]
-        best = np.argmax(self.sharpe(list(half)))
+        here = self.sharpe(list(half))
         there = self.sharpe(others)
-        rank = (there < there[best]).sum() + ((there == there[best]).sum()+1)/2
+        best = there[here == here.max(), None]
+        rank = (there < best).sum(1) + ((there == best).sum(1)+1)/2
         return rank/(len(there)+1)
 
 # %% ../nbs/00h_intervals.ipynb #overfit_probability
@@ -252,7 +253,8 @@ def overfit_probability(
             'least 2 strategies], an even number of blocks and two days for each')
     cut = _Blocks(x, blocks)
     halves = itertools.combinations(range(blocks), blocks//2)
-    below = [cut.rank_elsewhere(half) <= .5 for half in halves]
+    ranks = [cut.rank_elsewhere(half) for half in halves]
+    below = [(1+np.sign(.5-rank)).mean()/2 for rank in ranks]
     return float(np.mean(below))
 
 # %% ../nbs/00h_intervals.ipynb #superior_ability

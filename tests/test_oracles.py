@@ -78,6 +78,17 @@ def test_probability_of_overfitting(profits, skill):
     assert ours == pytest.approx(theirs.pbo, abs=1e-12)
 
 
+@pytest.mark.parametrize('strategies', [2, 3, 4, 5])
+def test_choosing_among_worthless_or_equal_ones_is_a_draw(strategies):
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=(250, 200, strategies))
+    found = [intervals.overfit_probability(x) for x in noise]
+    assert np.mean(found) == pytest.approx(.5, abs=.04)
+    same = noise[0][:, [0]*strategies]
+    assert intervals.overfit_probability(same) == .5
+    assert intervals.overfit_probability(same*0) == .5
+
+
 @pytest.mark.parametrize('strategy', [0, 1, 2])
 def test_performance_of_a_series(profits, strategy):
     x = profits[:, strategy]
