@@ -15,17 +15,20 @@ import torch
 
 from .core import AtftError
 from .correlation import rank_ic
-from .intervals import apart, bootstrap_interval, holm, mean_interval
+from .intervals import (
+    PERSISTENT, apart, bootstrap_interval, holm, mean_interval, persistence)
 from .predictions import daily_ic, dense, load_predictions, targets_in
 
 # %% ../nbs/04b_judge.ipynb #_note
 _TARGET = ('horizon', 'target_name') # what a row of every frame begins with
 
-def _note(days, enough, constant, names):
+def _note(days, enough, constant, names, kept=0.):
     "What a reader must know before the number; '' if nothing"
     if not days: return f'no day has 5 codes with prediction and target (at most {names})'
     if constant == days: return 'predictions are constant across codes'
-    return '' if enough else 'too few days for an interval'
+    if not enough: return 'too few days for an interval'
+    if kept <= PERSISTENT: return ''
+    return f'a day keeps {kept:.0%} of the day before: the intervals are wider for it'
 
 # %% ../nbs/04b_judge.ipynb #_calibration
 def _calibration(rows):
@@ -69,7 +72,7 @@ def _of_series(daily, horizon, draws, level):
     series = daily.to_numpy()
     x = daily.drop_nulls().to_numpy()
     mean = mean_interval(series, horizon, level)
-    boot = bootstrap_interval(x, draws=draws)
+    boot = bootstrap_interval(x, draws=draws, horizon=horizon)
     alone = apart(series, horizon)
     headline = dict(rank_ic=mean['mean'])
     headline |= {name: mean[name] for name in ('low', 'high', 'p', 't')}
@@ -84,12 +87,13 @@ def _row(table, daily, horizon, name, draws, level):
     days = daily.drop_nulls('rank_ic')
     constant = int((days['spread'].fill_null(0) <= 0).sum())
     enough = found['low'] == found['low']
+    kept = persistence(days['rank_ic'].to_numpy(), horizon)
     return dict(
         horizon=horizon, target_name=name, **found, ic=daily['ic'].mean(),
         rank_autocorrelation=rank_autocorrelation(dense(table, name).prediction),
         **_calibration(table.filter(pl.col('target_name') == name)),
         days=len(days), days_constant=constant, names=daily['names'].mean(),
-        note=_note(len(days), enough, constant, daily['names'].max()))
+        note=_note(len(days), enough, constant, daily['names'].max(), kept))
 
 # %% ../nbs/04b_judge.ipynb #evaluate
 def evaluate(
@@ -227,10 +231,13 @@ def with_holm(
 # %% ../nbs/04b_judge.ipynb #_paired
 _ROW = ('date', 'code', 'target_name')
 
+def _to_judge(table):
+    "The rows with a prediction and a target"
+    return table.drop_nulls(['prediction', 'target']).select(_ROW)
+
 def _paired(a, b):
-    "Daily rank ICs of two tables on the rows that both predict, beside each other; None without"
-    known = a.drop_nulls('prediction').select(_ROW)
-    common = known.join(b.drop_nulls('prediction').select(_ROW), on=_ROW)
+    "Daily rank ICs of two tables on the rows that both are judged on; None without"
+    common = _to_judge(a).join(_to_judge(b), on=_ROW)
     if not len(common): return None
     series = []
     for table in (a, b):
@@ -245,7 +252,8 @@ def _differences(a, b, names):
     "Rows of `compare` for two tables"
     paired = _paired(a, b)
     if paired is None:
-        raise AtftError(f'compare: no row is predicted by both {names[0]} and {names[1]}')
+        raise AtftError(f'compare: no row is predicted by both {names[0]} and {names[1]}, with a '
+                        'target in both; give tables of the same days and codes')
     paired = paired.with_columns(difference=pl.col('rank_ic_b')-pl.col('rank_ic'))
     rows = []
     for (h, target_name), days in paired.group_by(_TARGET, maintain_order=True):
@@ -272,7 +280,7 @@ def compare(
     *predictions,         # two or more tables; each is compared with the one before it
     names:tuple[str, ...]|None=None, # what to call them
 )->pl.DataFrame: # horizon, target_name, a, b, difference (b - a), low, high, p, holm, t, days
-    "Paired differences of daily rank IC, on the rows that both predict, with 95% intervals"
+    "Paired differences of daily rank IC, on the rows that both are judged on, with 95% intervals"
     if len(predictions) < 2:
         raise AtftError(f'compare: {len(predictions)} table given; give at least two')
     names = _names_for(predictions, names)

@@ -41,12 +41,52 @@ def test_sharpe_ratios_deflated_for_trials(profits, trials):
     assert ours == pytest.approx(theirs, abs=2e-3)
 
 
+def keeping(rng, days, share):
+    "[200, days] series without a mean of which a day keeps a share of the day before"
+    x = rng.normal(size=(days, 200))
+    for t in range(1, days):
+        x[t] = share*x[t-1]+(1-share**2)**.5*x[t]
+    return x.T
+
+
+@pytest.mark.parametrize('share', [0., .6, .9, .95])
+def test_a_mean_of_days_that_are_alike_is_missed_as_often_as_said(share):
+    series = keeping(np.random.default_rng(3), 250, share)
+    found = [intervals.mean_interval(x) for x in series]
+    misses = np.mean([not f['low'] <= 0 <= f['high'] for f in found])
+    assert misses < .11  # 5% +- 2 x 1.5% of 200 draws, and what estimating the memory costs
+    fast = [intervals.persistence(x) for x in series]
+    assert np.mean(fast) == pytest.approx(share, abs=.02)
+
+
+@pytest.mark.parametrize('days, horizon', [(60, 20), (199, 20), (49, 5)])
+def test_there_is_no_bootstrap_where_there_is_no_headline(days, horizon):
+    x = np.random.default_rng(0).normal(size=days)
+    assert np.isnan(intervals.mean_interval(x, horizon)['low'])
+    assert np.isnan(intervals.bootstrap_interval(x, draws=50, horizon=horizon)).all()
+    slow = keeping(np.random.default_rng(1), days, .9)[:40]
+    missed = [not low <= 0 <= high for low, high in
+              (intervals.bootstrap_interval(x, draws=100) for x in slow)]
+    assert np.mean(missed) < .2  # who does not tell the horizon gets a wide one; it was 40%
+
+
 @pytest.mark.parametrize('skill', [0., .002])
 def test_probability_of_overfitting(profits, skill):
     x = profits-profits.mean(0)+skill*np.arange(12)/12
     ours = intervals.overfit_probability(x, 10)
     theirs = purgedcv.probability_of_backtest_overfitting(x.T, 10)
     assert ours == pytest.approx(theirs.pbo, abs=1e-12)
+
+
+@pytest.mark.parametrize('strategies', [2, 3, 4, 5])
+def test_choosing_among_worthless_or_equal_ones_is_a_draw(strategies):
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=(250, 200, strategies))
+    found = [intervals.overfit_probability(x) for x in noise]
+    assert np.mean(found) == pytest.approx(.5, abs=.04)
+    same = noise[0][:, [0]*strategies]
+    assert intervals.overfit_probability(same) == .5
+    assert intervals.overfit_probability(same*0) == .5
 
 
 @pytest.mark.parametrize('strategy', [0, 1, 2])

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
+import numpy as np
 import polars as pl
 import pytest
 
@@ -14,6 +15,7 @@ from atft.core import AtftError
 from atft.eval import alone, effect, said_rival, said_step, verdict, write_report
 from atft.judge import compare, evaluate, evaluate_by
 from atft.market import MarketSpec, embedded_panel
+from atft.predictions import example_predictions
 from atft.results import (
     example_run, load_run, make_frames, named, spoken_target, step_differences, trade)
 
@@ -230,6 +232,27 @@ def test_tables_without_enough_names_are_refused(result):
     with pytest.raises(AtftError, match='3 tables with 2 names'):
         compare(one, one, one, names=('x', 'y'))
     assert len(compare(*[one]*10, names=tuple('0123456789'))) == 9
+
+
+def test_no_interval_stands_beside_too_few_days():
+    judged = evaluate(example_predictions(.5, codes=20, days=120), draws=50)
+    short = judged.filter(pl.col('low').is_null())
+    assert short['horizon'].to_list() == [20] and short['note'][0].startswith('too few days')
+    assert judged['boot_low'].is_null().to_list() == judged['low'].is_null().to_list()
+
+
+@pytest.mark.parametrize('turned', [False, True])
+@pytest.mark.parametrize('column', ['target', 'prediction'])
+def test_tables_are_compared_on_rows_that_both_are_judged_on(column, turned):
+    a = example_predictions(.5, codes=40, days=120)
+    noise = pl.Series(np.random.default_rng(0).normal(size=len(a)))
+    b = a.with_columns(prediction=pl.col('prediction')+.01*noise)
+    of_day = pl.col('target').abs().rank().over('date', 'horizon')
+    less = b.with_columns(pl.when(of_day <= 20).then(column).alias(column))
+    rows = less.drop_nulls(['prediction', 'target']).select('date', 'code', 'horizon')
+    common = [t.join(rows, on=rows.columns, how='semi') for t in (a, b)]
+    order = -1 if turned else 1
+    assert compare(*[a, less][::order]).equals(compare(*common[::order]))
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
