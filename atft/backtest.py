@@ -416,6 +416,18 @@ def _year_of(daily, sessions_a_year):
     raise AtftError('performance: no column date that tells the sessions of a year; give '
                     'sessions_a_year')
 
+def _known_returns(daily, column):
+    "A column of `daily`, if every day is known"
+    if column not in daily.columns:
+        raise AtftError(f'performance: no column {column!r} (found {", ".join(daily.columns)})')
+    x = daily[column].cast(pl.Float64).to_numpy()
+    if not len(x): raise AtftError('performance: no days')
+    unknown = len(x)-np.isfinite(x).sum()
+    if unknown:
+        raise AtftError(f'performance: {column} is not a number on {unknown:,} of {len(x):,} days; '
+                        'leave these days out, or put in what was earned on them')
+    return x
+
 def performance(
     daily:pl.DataFrame, # from `backtest`
     column:str='net',   # or gross
@@ -423,8 +435,7 @@ def performance(
     sessions_a_year:int|None=None, # None: as the days of the table have
 )->pl.DataFrame: # metric, value, low, high; null without an interval
     "What a daily return series is worth: `METRICS`, turnover a day, break-even cost in bp"
-    x = daily[column].to_numpy()
-    if not len(x): raise AtftError('performance: no days')
+    x = _known_returns(daily, column)
     year = _year_of(daily, sessions_a_year)
     def figures(sample): return _metrics(sample, year)
     two = daily.select('gross', 'turnover').to_numpy()
@@ -446,7 +457,10 @@ def metric(
     name:str,
 )->tuple: # value, low, high
     "One figure of `performance`"
-    return found.filter(pl.col('metric') == name).select('value', 'low', 'high').row(0)
+    rows = found.filter(pl.col('metric') == name).select('value', 'low', 'high')
+    if not len(rows):
+        raise AtftError(f'metric: no {name!r}; there are {", ".join(found["metric"])}')
+    return rows.row(0)
 
 # %% ../nbs/04c_backtest.ipynb #random_portfolios
 def random_portfolios(

@@ -23,11 +23,12 @@ from .core import AtftError
 from .features import (
     SCALES, _check_features, _compare, _features_digest, _on_calendar, _return_of, _targets,
     _with_basics, ohlcv_features)
-from .forms import _files_below, parts_of, stem_of
+from .forms import FAILURES, _files_below, parts_of, stem_of
 from .intake import Reading, Taken, take
 from .joins import Beside, check_listed, read_facts, read_sectors, read_universe
 from .market import embedded_panel
-from .panel import Panel, _panel_json, cached_panel, panel_recipe, write_panel
+from .panel import (
+    Panel, _make_folder, _panel_json, cached_panel, panel_recipe, write_panel)
 from .places import (
     Place, check_folder, name_of, not_there, place, together, write_parquet)
 from .repairs import (
@@ -111,8 +112,11 @@ def _raw_bars(source, spec):
     numbers = tuple(dict.fromkeys([*BARS, *spec.keep, *column]))
     try:
         taken = _take_versions(source, numbers, spec) if spec.vendor else take(source, numbers, spec.reading)
-    except AtftError:
-        _check_stamps(source, spec)  # several bars a day are a better reason
+    except AtftError as refused:
+        try:
+            _check_stamps(source, spec)  # several bars a day are a better reason
+        except FAILURES:
+            raise refused from None
         raise
     if 'identical duplicate rows' in taken.counts: _check_stamps(source, spec)
     return taken
@@ -337,6 +341,7 @@ def _make_panel(source, spec, target, name, recipe, show=True):
     "Make the panel of some bars in a folder, and say what was found"
     beside = read_beside(spec)
     asked = _check_asked(spec, beside)
+    _make_folder(target)
     raw = _raw_bars(source, spec)
     levels = levels_after(raw.table, spec.factor) if spec.factor else None
     taken = _adjusted_bars(raw, spec)

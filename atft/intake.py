@@ -62,15 +62,16 @@ def _alike(missing, have):
         if theirs is not None: told[theirs] = ours
     return told
 
-def _may_be_wide(missing, told, asked):
+def _may_be_wide(have, told, asked):
     "No number is there, and no code: a matrix, perhaps"
-    return 'close' in asked.numbers and set(asked.numbers) <= set(missing) and set(told.values()) <= {'date'}
+    no_number = not set(asked.numbers) & set(have)
+    return 'close' in asked.numbers and no_number and set(told.values()) <= {'date'}
 
 def _no_column(part, have, asked):
     "The refusal of a part that lacks columns: what was found, and what to tell"
     missing = asked.missing(have)
     told = _alike(missing, have)
-    is_wide = _may_be_wide(missing, told, asked)
+    is_wide = _may_be_wide(have, told, asked)
     matrix = '; or, if it has a column for each code: wide=close (--wide close)' if is_wide else ''
     told = told or {'theirs': missing[0]}
     flag = ','.join(f'{theirs}={ours}' for theirs, ours in told.items())
@@ -120,6 +121,9 @@ def _long(part, asked):
     wide = asked.reading.wide
     schema = part.table.collect_schema()
     if date not in schema: raise _no_column(part, schema.names(), asked)
+    if code in schema:
+        raise AtftError(f'{asked.name}: {part.where}: wide={wide}, and there is a column {code!r}: '
+                        'a row a code is no matrix; leave wide out (--wide)')
     codes = [c for c in schema.names() if c != date and c not in part.folders]
     are_numbers = all(schema[c].is_numeric() or schema[c] == pl.Null for c in codes)
     cells = pl.col(codes).cast(pl.Float64 if are_numbers else pl.String)

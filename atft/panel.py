@@ -50,7 +50,8 @@ def _make_folder(folder):
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise AtftError(f'cannot make the folder {folder}: {os.strerror(e.errno)}') from None
+        raise AtftError(f'cannot make the folder {folder}: {os.strerror(e.errno)}; choose another '
+                        'folder') from None
 
 def _shards_there(folder):
     "What shards the panel of a folder has"
@@ -347,6 +348,7 @@ def append_shard(
         spec = panel.spec
         table = conform(table, spec, 'append_shard', reading)
         _check_longer(panel, table)
+        check_leaks(table, spec, 'append_shard')
         first = table[spec.date].min()
         shards, kept = _cut_before(panel, first)
         shards.append(write_shard(table, panel.folder, f'from={first}', spec, 65_536))

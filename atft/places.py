@@ -283,6 +283,7 @@ def place(
 )->Path|Place:
     "A `Path`, or a `Place` for a URL"
     if isinstance(where, Place): return where
+    if where == '': raise AtftError("'' is no path; name a file or a folder")
     url = _url_of(where)
     if url is None: return Path(where)
     scheme, _, rest = url.partition('://')

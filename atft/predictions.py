@@ -22,7 +22,7 @@ from .intake import Reading, take
 def _horizon_of(name):
     "Sessions that the target of this name spans; None where the name does not tell"
     if name == 'next_oc': return 1
-    found = re.fullmatch(r'(\d+)d(_\w+)?', name or '')
+    found = re.fullmatch(r'([1-9]\d{0,4})d(_\w+)?', name or '')
     return int(found[1]) if found else None
 
 # %% ../nbs/04a_predictions.ipynb #_name_of
@@ -56,7 +56,7 @@ def _read(source, reading=Reading()):
 
 # %% ../nbs/04a_predictions.ipynb #_with_horizons
 def _refuse_horizons(values, wanted='a whole number of sessions, 1 or more'):
-    raise AtftError(f'predictions: horizon is {values[0]!r} in {len(values):,} rows; '
+    raise AtftError(f'predictions: horizon is {values.to_list()[0]!r} in {len(values):,} rows; '
                     f'wanted {wanted}')
 
 def _with_horizons(table):

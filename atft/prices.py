@@ -66,11 +66,20 @@ def _needed(trading):
     if trading.impact: needed.append('dollar_volume')
     return tuple(needed)
 
+def _taken(prices, needed):
+    "The prices as they are, or one line that also says how they can be told"
+    try:
+        return take(prices, needed, name='backtest: prices', optional=needed)
+    except AtftError as refused:
+        if '(--' not in str(refused): raise
+        raise AtftError(f'{refused}; so: prices=take(prices, {needed}, Reading(...)), both from '
+                        'atft.intake') from None
+
 def _read_prices(prices, trading):
     "date, code and the needed columns, or one line for what is missing; what was counted"
     needed = _needed(trading)
     if not isinstance(prices, Taken):
-        prices = take(prices, needed, name='backtest: prices', optional=needed)
+        prices = _taken(prices, needed)
     there = prices.table.collect_schema().names()
     for column in needed:
         if column not in there:
@@ -183,8 +192,9 @@ def _said_prices(rows, without, stray, counts):
         said.append(f'{len(stray):,} days with fewer than {_FEW:.0%} of the usual prices are no '
                     f'sessions ({_first_few(stray)})')
     others = [c for c in rows.columns if c in ('open', 'close')]
-    wrong = rows.select(pl.any_horizontal(pl.col(others) <= 0).sum()).item()
-    if wrong: said.append(f'{wrong:,} price rows are not above 0 and count as none')
+    is_wrong = (pl.col(others) <= 0) | pl.col(others).is_infinite()
+    wrong = rows.select(pl.any_horizontal(is_wrong).sum()).item()
+    if wrong: said.append(f'{wrong:,} price rows are not finite and above 0, and count as none')
     return tuple(said)
 
 # %% ../nbs/04h_prices.ipynb #_steps

@@ -103,28 +103,33 @@ def repairs_found(
 # %% ../nbs/00n_repairs.ipynb #refuse_mixed_prices
 MIXED = .2  # share of a code's bars, from which on closes outside the range are no accident
 
-def _beside(flagged):
-    "By how much the close lies beside the middle of the day, where it is outside the range"
+def _beside(flagged, name):
+    "By how much a price lies beside the middle of the day, where it is outside the range"
     middle = (pl.col('high')+pl.col('low'))/2
-    close = pl.col('close')
-    outside = close.gt(pl.max_horizontal('high', 'low')) | close.lt(pl.min_horizontal('high', 'low'))
-    aside = pl.when(outside).then((close/middle).log())
+    price = pl.col(name)
+    outside = price.gt(pl.max_horizontal('high', 'low')) | price.lt(pl.min_horizontal('high', 'low'))
+    aside = pl.when(outside).then((price/middle).log())
     return flagged.with_columns(aside=aside).with_columns(before=pl.col('aside').shift().over('code'))
 
-def mixed_prices(
-    flagged:pl.LazyFrame, # from `flag_bars`
-)->pl.LazyFrame:          # code, bars, outside: codes whose close is adjusted and the range is not
-    "Codes with at least `MIXED` of their closes outside the range, steadily on one side"
+def _mixed(flagged, name):
+    "Codes of which one price is outside the range, see `mixed_prices`"
     aside = pl.col('aside')
     before = pl.col('before')
     step = (aside-before).abs().mean()
     same_side = (aside.sign() == before.sign()).mean()
-    codes = _beside(flagged).group_by('code').agg(
-        bars=pl.col('close').count(), outside=aside.count(), same_side=same_side,
+    codes = _beside(flagged, name).group_by('code').agg(
+        bars=pl.col(name).count(), outside=aside.count(), same_side=same_side,
         unsteady=step/aside.abs().mean())
     often = (pl.col('outside') >= 20) & (pl.col('outside') >= MIXED*pl.col('bars'))
     steady = (pl.col('same_side') >= .9) & (pl.col('unsteady') <= .5)
-    return codes.filter(often & steady).select('code', 'bars', 'outside').sort('code')
+    return codes.filter(often & steady).select('code', 'bars', 'outside', price=pl.lit(name))
+
+def mixed_prices(
+    flagged:pl.LazyFrame, # from `flag_bars`
+)->pl.LazyFrame:          # code, bars, outside, price: whose close or open is adjusted, the range not
+    "Codes with at least `MIXED` of their closes or opens outside the range, steadily on one side"
+    both = pl.concat([_mixed(flagged, 'close'), _mixed(flagged, 'open')])
+    return both.unique('code', keep='first', maintain_order=True).sort('price', 'code')
 
 # %% ../nbs/00n_repairs.ipynb #check_mixed_prices
 def check_mixed_prices(
@@ -132,15 +137,19 @@ def check_mixed_prices(
 ):
     "One line that names the first code and the way out, if there is any"
     if not len(mixed): return
-    code, bars, outside = mixed.row(0)
+    code, bars, outside, price = mixed.row(0)
     more = f' (and {len(mixed)-1:,} more codes)' if len(mixed) > 1 else ''
+    if price == 'open':
+        raise AtftError(f'bars: the open of {code} lies outside [low, high] in {outside:,} of '
+                        f'{bars:,} bars{more}, steadily: raw and adjusted prices in one bar; adjust '
+                        'all four, or give the raw open')
     raise AtftError(f'bars: the close of {code} lies outside [low, high] in {outside:,} of {bars:,} '
                     f'bars{more}, steadily: an adjusted close beside raw open, high and low; adjust '
                     "all four (--adjust COLUMN:close names the adjusted close, beside the raw one) "
                     'or give the raw close')
 
 # %% ../nbs/00n_repairs.ipynb #find_jumps
-SPLITS = (1.5, 2, 3, 4, 5, 10, 20)  # usual ratios, as are their inverses
+SPLITS = (1.5, 2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 20, 25, 30, 40, 50, 100)  # usual ratios, as are their inverses
 NEAR = .02   # how near the move must be to one of them
 SPLITS_LISTED = 100
 
@@ -163,7 +172,9 @@ def find_jumps(
         like = pl.when(is_near).then(pl.lit(float(ratio))).otherwise(like)
     by_night = (pl.col('overnight')-pl.col('move')).abs().fill_null(0) < .1
     quiet = pl.col('others') <= .05
-    found = _moves(bars).with_columns(like=like).filter(pl.col('like').is_not_null() & by_night & quiet)
+    is_large = pl.col('move').abs() > np.log(SPLITS[0])-NEAR
+    large = _moves(bars).filter(is_large & by_night & quiet)
+    found = large.with_columns(like=like).filter(pl.col('like').is_not_null())
     ratio = pl.col('move').exp().round(4).alias('ratio')
     return found.select('code', 'date', ratio, 'like').sort('date', 'code').collect()
 
