@@ -145,8 +145,9 @@ class Recorder(Callback):
 
     def record(self, trainer, **facts):
         if not trainer.shared.processes.first: return
-        key = f'phase {trainer.number} seed {trainer.shared.spec.seed}'
-        named = dict(phase=trainer.number, name=trainer.phase.name)
+        seed = trainer.shared.spec.seed
+        key = f'phase {trainer.number} seed {seed} from {trainer.start[:12]}'
+        named = dict(phase=trainer.number, name=trainer.phase.name, resume=trainer.resume)
         self.folder.ledger.write('trial', key, **named, **facts)
 
     def phase_begins(self, trainer): self.record(trainer, state='started')
@@ -154,6 +155,13 @@ class Recorder(Callback):
     def phase_ends(self, trainer):
         score = trainer.history[trainer.best_epoch]['score']
         self.record(trainer, state='finished', score=score)
+        if trainer.shared.processes.first: self.record_undone(trainer)
+
+    def record_undone(self, trainer):
+        "The later phases that stood on other weights of this one"
+        for number in self.folder.undone():
+            why = f'phase {trainer.number} was trained again, to other weights'
+            self.folder.ledger.write('undone', f'phase {number}', because=why)
 
     def phase_fails(self, trainer, error):
         if not isinstance(error, Stopped): self.record(trainer, state='failed', reason=str(error))

@@ -13,12 +13,13 @@ __all__ = ['SHORT_FIRST', 'SHORT_ONLY', 'EVERYTHING', 'PHASES', 'KEPT', 'PARAMET
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from .callbacks import Callback, Keeper, Progress, Recorder, Watch, check_callbacks
-from .checkpoint import Stopped, stop_on_signals
+from .checkpoint import Stopped, stop_on_signals, weights_key
 from .core import AtftError, atomic_path, code_key, write_json
 from .inference import (
     CHECKPOINT_VERSION, Setup, attribution, load_checkpoint, predict, predictions_table,
@@ -123,6 +124,8 @@ def metrics(
         epochs.append(entry | dict(valid=valid))
     return dict(
         version=2, phase=trainer.number, name=trainer.phase.name, parts=sorted(trainer.phase.parts),
+        start=dict(resume=trainer.resume, weights=trainer.start),
+        weights=weights_key(trainer.best),
         best_epoch=trainer.best_epoch, score=best['score'],
         valid_rank_ic=_rank_ic_intervals(daily, trainer.shared.panel.spec),
         minutes=sum(entry['seconds'] for entry in trainer.history)/60, epochs=epochs)
@@ -139,6 +142,7 @@ def write_results(
     if shared.processes.first:
         if shared.spec.save_phase_checkpoint:
             save_checkpoint(folder.best(number), shared, number, trainer.net)
+        else: folder.best(number).unlink(missing_ok=True)  # of an earlier training
         with atomic_path(folder.predictions_path(number)) as temp:
             predictions.write_parquet(temp)
         picture = attribution(trainer.net, shared)
@@ -194,20 +198,50 @@ def config_of(
         keys=_keys_of(shared), made=by_whom)
 
 # %% ../nbs/03_phases.ipynb #_start_of
-def _start_of(number, todo, folder, shared):
-    "The checkpoint a phase begins with; None for fresh weights"
+def _named_start(shared):
+    "The checkpoint that the run names; None for fresh weights"
     resume = shared.spec.resume_checkpoint
-    if number != todo[0]:
-        if not shared.spec.save_phase_checkpoint: return None
-        before = todo[todo.index(number)-1]
-        return load_checkpoint(folder.best(before), shared)
-    if resume == 'none' or resume == 'auto' and number == 0: return None
-    return load_checkpoint(folder.best(number-1) if resume == 'auto' else resume, shared)
+    return None if resume in ('auto', 'none') else load_checkpoint(resume, shared)
+
+def _start_of(number, folder, shared, resume):
+    "The checkpoint a phase begins with; None for fresh weights"
+    if resume != 'auto': return _named_start(shared)
+    return load_checkpoint(folder.best(number-1), shared) if number else None
+
+# %% ../nbs/03_phases.ipynb #_todo
+def _start_key(shared):
+    "The key of the weights that the run names; None where it names none"
+    if shared.spec.resume_checkpoint == 'auto': return None
+    start = _named_start(shared)
+    return weights_key(start['model'] if start else shared.network().state_dict())
+
+def _refuse_unkept(spec, todo):
+    "A chain of several phases keeps its weights"
+    if spec.save_phase_checkpoint or len(todo) < 2: return
+    numbers = ', '.join(map(str, todo))
+    raise AtftError(f'save_phase_checkpoint=False: phases {numbers} are to be trained, each from the '
+                    'weights that the one before keeps; leave it out, or train one phase')
+
+def _refuse_own_state(spec, folder, wanted):
+    "The state of a phase under way is nothing to begin it with"
+    for number in wanted:
+        if Path(spec.resume_checkpoint).resolve() == folder.last(number).resolve():
+            raise AtftError(f'resume_checkpoint {spec.resume_checkpoint} is what phase {number} of '
+                            'this run continues from by itself; leave it out (auto)')
+
+def _todo(shared, folder, wanted):
+    "The phases to train, in order"
+    spec = shared.spec
+    _refuse_own_state(spec, folder, wanted)
+    order = folder.begin_order(wanted, spec.resume_checkpoint, _start_key(shared))
+    todo = folder.plan(wanted, spec.resume_checkpoint, order['goes_on'], order['start'])
+    _refuse_unkept(spec, todo)
+    return todo
 
 # %% ../nbs/03_phases.ipynb #_announce
 def _announce(shared, todo, wanted):
     "What will be trained, on what"
-    numbers = ', '.join(map(str, todo))
+    numbers = ', '.join(map(str, todo)) or 'none, they are whole'
     line = f'phases to train: {numbers}'
     if todo != wanted: line += f' (asked for: {shared.spec.phase})'
     world = shared.processes.world
@@ -218,18 +252,23 @@ def _announce(shared, todo, wanted):
 # %% ../nbs/03_phases.ipynb #_run_chain
 def _run_chain(shared, folder, phases, keeper, callbacks, show):
     "The phases that are wanted or missing, one after another"
-    if shared.processes.first: folder.claim(config_of(shared, phases))
     wanted = parse_phases(shared.spec.phase, phases)
-    todo = shared.processes.same(folder.plan(wanted, shared.spec.resume_checkpoint))
+    todo = None
+    if shared.processes.first:
+        folder.claim(config_of(shared, phases))
+        todo = _todo(shared, folder, wanted)
+    todo = shared.processes.same(todo)
     if show and shared.processes.first: _announce(shared, todo, wanted)
     for callback in callbacks: callback.run_begins(shared)
     done = {}
     for number in todo:
-        start = _start_of(number, todo, folder, shared)
-        trainer = train_phase(shared, folder, number, phases[number], start, callbacks)
+        resume = shared.spec.resume_checkpoint if number == wanted[0] else 'auto'
+        start = _start_of(number, folder, shared, resume)
+        trainer = train_phase(
+            shared, folder, number, phases[number], start, callbacks, resume)
         done[number] = write_results(trainer, folder)
         keeper.stop_if_asked(trainer)
-    return done
+    return done or {number: folder.read_metrics(number) for number in wanted}
 
 # %% ../nbs/03_phases.ipynb #_prepared
 def _check_graph(spec, graph):
@@ -258,6 +297,7 @@ def run_phases(
     phases:tuple[Phase, ...]|None=None, # the table; None: `PHASES`
     graph=None,            # a callable that turns a day into edges; None: the correlation graph
     callbacks:tuple=(),    # of `Callback`
+    report=None,           # called when all is trained; before it returns nothing has ended
 )->dict[int, dict]:        # phase -> its metrics
     "Train the phases of `spec` in order, each from the best weights of the one before"
     phases = PHASES if phases is None else tuple(phases)
@@ -272,7 +312,14 @@ def run_phases(
             keeper = Keeper(folder, flag, alive)
             if show and shared.processes.first: callbacks = (Progress(), *callbacks)
             callbacks = (keeper, Recorder(folder), *callbacks)
-            return _run_chain(shared, folder, table_of(spec, phases), keeper, callbacks, show)
+            done = _run_chain(shared, folder, table_of(spec, phases), keeper, callbacks, show)
+            if shared.processes.first: _end(folder, report)
+            return done
+
+def _end(folder, report):
+    "Write the report, if one is wanted; then what was asked for has ended"
+    if report: report()
+    folder.end_order()
 
 # %% ../nbs/03_phases.ipynb #_plot_phase
 def _plot_phase(axes, start, number, m):
@@ -374,14 +421,16 @@ def write_report(
 PARAMETERS = dict(report_dir='where phases_YYYYMMDD.md goes; None: reports') # of this notebook
 
 # %% ../nbs/03_phases.ipynb #main
+def _print_report(spec):
+    "Write the report into the run folder and say where it is"
+    print(write_report(spec, spec.run_dir, command_line(spec)))
+
 def main():
     "Command line: train phases and write the report into the run folder"
     try:
         spec = check_run(read_command_line())
-        run_phases(spec)
-        processes = Processes()
-        if processes.first: print(write_report(spec, spec.run_dir, command_line(spec)))
-        processes.leave()
+        run_phases(spec, report=partial(_print_report, spec))
+        Processes().leave()
     except Stopped as e:
         print(f'atft_phases: {e}', file=sys.stderr)
         sys.exit(128+e.number)

@@ -53,23 +53,41 @@ def predictions_path(self:RunFolder, number:int):
 @patch
 def attribution(self:RunFolder, number:int): return self.path/f'phase{number}_attribution.png'
 
-# %% ../nbs/03b_runs.ipynb #finished
-@patch
-def is_done(self:RunFolder, number:int)->bool:
-    "Are the metrics and the weights of a phase there?"
-    return self.metrics_path(number).exists() and self.best(number).exists()
-
+# %% ../nbs/03b_runs.ipynb #read_metrics
 @patch
 def read_metrics(self:RunFolder, number:int)->dict:
     "What `phase{N}_metrics.json` holds"
     return json.loads(self.metrics_path(number).read_text())
 
 @patch
+def in_line(self:RunFolder, number:int)->bool:
+    "Are the metrics of a phase there, and did it begin from the weights that its predecessor has?"
+    if not self.metrics_path(number).exists(): return False
+    start = self.read_metrics(number).get('start')
+    if number == 0 or start is None or start['resume'] != 'auto': return True
+    if not self.in_line(number-1): return False
+    return self.read_metrics(number-1).get('weights') == start['weights']
+
+# %% ../nbs/03b_runs.ipynb #finished
+def _left(folder):
+    "The phases that left metrics, in order"
+    names = [p.name for p in folder.path.glob('phase*_metrics.json')]
+    return sorted(int(name.removeprefix('phase').split('_')[0]) for name in names)
+
+@patch
+def is_done(self:RunFolder, number:int)->bool:
+    "Is a phase in line, and are its weights there?"
+    return self.in_line(number) and self.best(number).exists()
+
+@patch
 def finished(self:RunFolder)->dict[int, dict]: # phase -> its metrics, in order
-    "The phases whose metrics are there"
-    names = [p.name for p in self.path.glob('phase*_metrics.json')]
-    numbers = sorted(int(name.removeprefix('phase').split('_')[0]) for name in names)
-    return {number: self.read_metrics(number) for number in numbers}
+    "The phases that are in line"
+    return {number: self.read_metrics(number) for number in _left(self) if self.in_line(number)}
+
+@patch
+def undone(self:RunFolder)->list[int]:
+    "The phases that left metrics and are not in line any more"
+    return [number for number in _left(self) if not self.in_line(number)]
 
 # %% ../nbs/03b_runs.ipynb #predictions
 @patch
@@ -83,18 +101,46 @@ def hold(self:RunFolder):
     return only_one(self.path)
 
 # %% ../nbs/03b_runs.ipynb #plan
+def _first_unfinished(folder, last):
+    "The first phase up to `last` that is not done, after the latest that was told its weights"
+    own = [n for n in range(last+1) if folder.is_done(n) and _was_told(folder, n)]
+    missing = [n for n in range(max(own, default=0), last+1) if not folder.is_done(n)]
+    return missing[0] if missing else None
+
+def _was_told(folder, number):
+    "Did a phase begin from weights that a command named?"
+    return folder.read_metrics(number).get('start', {}).get('resume', 'auto') != 'auto'
+
+def _first_of_told(folder, wanted, start):
+    "The first phase that an order with weights of its own has not finished; it goes on"
+    for number in range(min(wanted), max(wanted)+1):
+        is_begun = number > min(wanted) or _start_of(folder, number) == start
+        if not is_begun or not folder.is_done(number): return number
+
+def _start_of(folder, number):
+    "The key of the weights that a phase began from; None where nothing tells"
+    if not folder.metrics_path(number).exists(): return None
+    return folder.read_metrics(number).get('start', {}).get('weights')
+
 @patch
 def plan(self:RunFolder,
-    wanted:list[int], # phases
-    resume:str,       # auto, none or a path
-)->list[int]:         # phases to train, in order
-    "The phases to train: those asked for, and under `auto` the missing ones before them"
-    if resume != 'auto': return wanted
-    missing = [n for n in range(max(wanted)) if not self.is_done(n)]
-    wanted = sorted({*wanted, *missing})
-    unfinished = [n for n in wanted if not self.is_done(n)]
-    if not unfinished: return wanted
-    return [n for n in wanted if n >= unfinished[0]]
+    wanted:list[int],     # phases
+    resume:str,           # auto, none or a path
+    goes_on:bool=False,   # the same was asked before and has not ended
+    start:str|None=None,  # key of the weights that `resume` names
+)->list[int]:             # phases to train, in order
+    "The phases to train: those asked for and those between, under `auto` the missing ones before"
+    last = max(wanted)
+    first = min(wanted)
+    if resume == 'auto':
+        unfinished = _first_unfinished(self, last)
+        if unfinished is None and goes_on: return []
+        first = min(wanted) if unfinished is None else unfinished
+        while first > 0 and not self.is_done(first-1): first -= 1
+    elif goes_on:
+        first = _first_of_told(self, wanted, start)
+        if first is None: return []
+    return list(range(first, last+1))
 
 # %% ../nbs/03b_runs.ipynb #read_config
 CONFIG_VERSION = 2  # 1: options, phases and data without the code that made them
@@ -169,4 +215,33 @@ def claim(self:RunFolder,
             raise AtftError(f'run folder {self.path} was made with {"; ".join(words)}; '
                             'give another run_dir or delete it')
         config['made'] = old['made']  # by whom the folder was begun
+        config['orders'] = old.get('orders', [])
+    elif _left(self):
+        raise AtftError(f'run folder {self.path} holds phases but no config.json, so nobody knows '
+                        'how they were made; give another run_dir or delete it')
+    write_json(self.config_path, config)
+
+# %% ../nbs/03b_runs.ipynb #begin_order
+@patch
+def begin_order(self:RunFolder,
+    wanted:list[int],    # phases
+    resume:str,          # auto, none or a path
+    start:str|None=None, # key of the weights that `resume` names
+)->dict:                 # the order: phases, resume, start, ended; as it was begun if it goes on
+    "Write an order down, unless it is the one that was begun and has not ended"
+    config = self.read_config()
+    orders = config.get('orders', [])
+    new = dict(phases=wanted, resume=resume, start=start, ended=False)
+    last = orders[-1] if orders else {}
+    is_own = Path(resume).resolve().parent == self.path.resolve()  # the run writes over it
+    same = new | dict(start=last.get('start')) if is_own else new
+    if last == same: return last | dict(goes_on=True)
+    write_json(self.config_path, config | dict(orders=[*orders, new]))
+    return new | dict(goes_on=False)
+
+@patch
+def end_order(self:RunFolder):
+    "Write down that the last order has ended"
+    config = self.read_config()
+    config['orders'][-1]['ended'] = True
     write_json(self.config_path, config)

@@ -8,6 +8,7 @@ __all__ = ['make_optimizer', 'target_weights', 'Trainer', 'peak_memory', 'train_
 # %% ../nbs/03c_trainer.ipynb #imports
 import json
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from fastcore.basics import chunked, patch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from .checkpoint import previous
+from .checkpoint import previous, weights_key
 from .core import AtftError
 from .correlation import rank_ic
 from .data import make_loader
@@ -80,6 +81,8 @@ class Trainer:
         self.number = number
         self.phase = phase
         self.net = net.switch(phase.parts, phase.windows or None)
+        self.start = weights_key(net.state_dict())  # of the weights that it begins with
+        self.resume = 'auto' # what the run says of them, where it says it of this phase
         self.callbacks = tuple(callbacks)
         self.terms = tuple(dict.fromkeys([*OWN_TERMS, *phase.terms]))  # that are written down
         self.weights = target_weights(phase, shared.panel.spec.labels).to(shared.device)
@@ -329,6 +332,7 @@ def epoch(self:Trainer)->dict: # the entry of the history
 def state_dict(self:Trainer)->dict:
     "Everything that continuing needs"
     return dict(
+        start=self.start,
         optimizer=self.optimizer.state_dict(), schedule=self.schedule.state_dict(),
         grad_scaler=self.grad_scaler.state_dict(), best=self.best,
         history=json.dumps(self.history), partial=self.partial,
@@ -352,14 +356,30 @@ def load_state_dict(self:Trainer, state:dict):
         if not self.shared.processes.first: self.partial['sums'].zero_()
 
 # %% ../nbs/03c_trainer.ipynb #_continue
+def _interrupted(trainer, last):
+    "The state of an interrupted attempt from the same weights; None where there is none"
+    try: state = load_checkpoint(last, trainer.shared, fall_back=True)
+    except AtftError as error:
+        if trainer.shared.spec.resume_checkpoint != 'none': raise
+        print(f'{error}; beginning anew', file=sys.stderr, flush=True)
+        return None
+    if state['start'] == trainer.start: return state
+    if trainer.shared.processes.first:
+        print(f'phase {trainer.number}: {last} holds an attempt from other weights; beginning '
+              'anew', file=sys.stderr, flush=True)
+    return None
+
 def _continue(trainer, folder):
-    "Load what an interrupted attempt left, if there is such a thing"
+    "Load what an interrupted attempt left, else take it away"
     processes = trainer.shared.processes
     last = folder.last(trainer.number)
     is_done = processes.same(folder.is_done(trainer.number))
     is_there = processes.same(last.exists() or previous(last).exists())
-    if trainer.shared.spec.resume_checkpoint == 'auto' and is_there and not is_done:
-        trainer.load_state_dict(load_checkpoint(last, trainer.shared, fall_back=True))
+    state = _interrupted(trainer, last) if is_there and not is_done else None
+    if state: trainer.load_state_dict(state)
+    processes.wait()
+    if state or not processes.first: return
+    for path in (last, previous(last)): path.unlink(missing_ok=True)
 
 # %% ../nbs/03c_trainer.ipynb #train_phase
 def train_phase(
@@ -369,11 +389,13 @@ def train_phase(
     phase:Phase,
     start:dict|None,  # checkpoint whose weights to begin with; None: newborn
     callbacks:tuple=(),
+    resume:str='auto', # none or a path, where the run says so of this phase
 )->Trainer:           # the best weights in its network
     "Train one phase to its end, continuing where an interrupted attempt stopped"
     net = shared.network()
     if start: net.load_state_dict(start['model'])
     trainer = Trainer(shared, number, phase, net, callbacks)
+    trainer.resume = resume
     _continue(trainer, folder)
     shared.processes.wait()
     if shared.processes.first:  # written last: their presence means that the phase is whole
