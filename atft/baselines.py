@@ -59,13 +59,12 @@ def score_rows(
 def _summed(panel, read, days, skip):
     "Sum of the returns of `days` sessions that ended `skip` sessions before: date, code, score"
     past = _rows(panel, read, [panel.spec.ret])
-    calendar = past.select('date').unique().sort('date').with_row_index('session')
-    calendar = calendar.with_columns(pl.col('session').cast(pl.Int64))
-    ready = past.join(calendar, on='date').sort('code', 'session')
-    total = pl.col(panel.spec.ret).rolling_sum_by('session', f'{days}i', min_samples=(days+1)//2)
-    total = ready.select('code', 'session', score=total.over('code'))
-    later = calendar.select('date', session=pl.col('session')-skip)
-    return total.join(later, on='session', how='inner').drop('session')
+    calendar = past.select('date').unique().sort('date')
+    # who pauses on a day has a past on it all the same
+    whole = past.select('code').unique().join(calendar, how='cross')
+    whole = whole.join(past, on=['date', 'code'], how='left').sort('code', 'date')
+    total = pl.col(panel.spec.ret).rolling_sum(days, min_samples=(days+1)//2).shift(skip)
+    return whole.select('date', 'code', score=total.over('code'))
 
 # %% ../nbs/04d_baselines.ipynb #past_return
 def past_return(

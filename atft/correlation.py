@@ -40,7 +40,9 @@ def pearson(
     n = both.sum(-1, keepdim=True)
     def centred(v):
         mean = torch.where(both, v, 0).sum(-1, keepdim=True)/n.clamp(min=1)
-        return torch.where(both, v-mean, 0)
+        above = torch.where(both, v, -torch.inf).amax(-1, keepdim=True)
+        below = torch.where(both, v, torch.inf).amin(-1, keepdim=True)
+        return torch.where(both & (above > below), v-mean, 0)  # a constant is seen by its range
     a = centred(a)
     b = centred(b)
     norm = (a.square().sum(-1)*b.square().sum(-1)).clamp(min=1e-24).sqrt()

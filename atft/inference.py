@@ -264,11 +264,12 @@ PREDICTED = (
     'date', 'code', 'horizon', 'target_name', 'prediction', 'q10', 'q50', 'q90', 'target', 'split')
 
 def _rows(day, labels):
-    "The rows of one predicted day, target after target"
+    "The rows of one predicted day, target after target; scores less the mean of their day"
     tables = []
     for h, label in enumerate(labels):
         low, mid, high = day.forecast.quantiles[:, h].numpy().T
-        score = day.forecast.score[:, h].numpy()
+        score = day.forecast.score[:, h].double()
+        score = (score-score.nanmean()).float().numpy()
         came = day.y[:, h].numpy()
         columns = dict(code=day.codes, prediction=score, q10=low, q50=mid, q90=high, target=came)
         tables.append(pl.DataFrame(columns).with_columns(

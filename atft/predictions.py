@@ -236,6 +236,10 @@ def _daily(one):
     both = one.prediction.isfinite() & one.target.isfinite()
     known = torch.where(both, one.prediction, torch.nan)
     spread = (known-known.nanmean(1, keepdim=True)).square().nanmean(1).sqrt()
+    # the mean of a constant is not always that constant; its range is always 0
+    above = torch.where(both, one.prediction, -torch.inf).amax(1)
+    below = torch.where(both, one.prediction, torch.inf).amin(1)
+    spread = torch.where(above == below, 0., spread)
     days = pl.DataFrame(dict(
         date=one.dates,
         rank_ic=rank_ic(one.prediction, one.target).numpy(),

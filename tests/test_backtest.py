@@ -227,3 +227,56 @@ def test_borrowing_costs_the_days_of_the_calendar():
     free = traded(p).daily
     dear = traded(p, borrow_bps=520).daily
     assert (dear['cost']-free['cost'])[0] == pytest.approx(.5*520e-4/52)
+
+
+def weekly(days=200, codes=30, every=5, seed=0):
+    "Closes whose drift lasts `every` sessions, predictions of it when it begins, and the drift"
+    rng = np.random.default_rng(seed)
+    drift = np.repeat(rng.normal(0, .004, (days//every, codes)), every, 0)
+    moves = drift+rng.normal(0, .01, (days, codes))
+    close = 100*np.exp(np.vstack([np.zeros(codes), moves[:-1].cumsum(0)]))
+    calendar = np.busday_offset('2020-01-01', np.arange(days), roll='forward')
+    names = [f'C{i:02d}' for i in range(codes)]
+    prices = pl.DataFrame(dict(date=calendar.repeat(codes), code=names*days, close=close.ravel()))
+    at = np.arange(0, days-every-1, every)
+    predictions = pl.DataFrame(dict(
+        date=calendar[at].repeat(codes), code=names*len(at), horizon=every,
+        prediction=drift[at].ravel(), target=(close[at+every]/close[at]-1).ravel()))
+    return prices, predictions, close, drift, at
+
+
+@pytest.mark.parametrize('every', [5, 20])
+@pytest.mark.parametrize('entry', ['close', 'next_close'])
+def test_predictions_that_are_not_made_daily_are_held(every, entry):
+    prices, predictions, close, drift, at = weekly(every=every)
+    late = int(entry == 'next_close')
+    at = at[at+late+every < len(close)]
+    order = drift[at].argsort(1)
+    earned = close[at+late+every]/close[at+late]-1
+    held = [e[o[-3:]].mean()/2-e[o[:3]].mean()/2 for e, o in zip(earned, order)]
+    found = traded(predictions, every, prices=prices, spread_bps=0., entry=entry)
+    daily = found.daily
+    assert (daily['gross'] != 0).mean() > .99
+    by_decision = (1+daily['gross'].to_numpy()[:len(at)*every].reshape(-1, every)).prod(1)-1
+    np.testing.assert_allclose(by_decision, held, atol=1e-9)
+    sessions = np.arange(len(daily)) % every
+    assert (daily['turnover'].to_numpy()[sessions > 0] == 0).all()  # no trade until the next
+    assert found.facts.sessions_a_year == 252
+    assert 'positions are held until the next ones' in found.facts.notes[-1]
+
+
+def test_a_daily_table_is_traded_daily_and_nothing_is_held_over_a_long_gap():
+    p = made(days=60, horizon=1)
+    prices = priced(p)
+    assert traded(p, prices=prices).facts.notes == ()
+    days = p['date'].unique().sort()
+    folds = p.filter(~pl.col('date').is_in(days[20:40].to_list()))
+    found = traded(folds, prices=prices)
+    gap = found.daily.filter(pl.col('date').is_in(days[22:40].to_list()))
+    assert (gap['positions'].abs() < 1e-12).all() and (gap['gross'] == 0).all()
+    assert '1 of 59 sessions have no predictions' in found.facts.notes[0]
+
+
+def test_rare_days_without_prices_are_said():
+    assert 'taken for a session' in traded(made(days=60, every=7)).facts.notes[0]
+    assert traded(made(days=60)).facts.notes == ()

@@ -10,7 +10,7 @@ from scipy import stats
 
 from atft import backtest, intervals
 from atft.data import split_days, walk_forward
-from atft.judge import decile_returns, rank_autocorrelation
+from atft.judge import decile_returns, evaluate, rank_autocorrelation
 from atft.predictions import daily_ic, dense, load_predictions
 
 
@@ -82,7 +82,7 @@ def test_probability_of_overfitting(profits, skill):
 def test_choosing_among_worthless_or_equal_ones_is_a_draw(strategies):
     rng = np.random.default_rng(0)
     noise = rng.normal(size=(250, 200, strategies))
-    found = [intervals.overfit_probability(x) for x in noise]
+    found = [intervals.overfit_probability(x, 6) for x in noise]
     assert np.mean(found) == pytest.approx(.5, abs=.04)
     same = noise[0][:, [0]*strategies]
     assert intervals.overfit_probability(same) == .5
@@ -183,6 +183,16 @@ def test_rank_ic_quantile_returns_and_turnover(predictions):
     deciles = clean['factor_quantile']
     turnover = [alphalens.quantile_turnover(deciles, q).mean() for q in range(1, 11)]
     assert np.abs(ours['turnover'].to_numpy()-turnover).max() < 1e-12
+
+
+@pytest.mark.parametrize('value', [.1, .3, 1/3, 1e-3, .25, 2., 1e6/3])
+def test_a_constant_is_seen_whatever_number_it_is(predictions, value):
+    constant = load_predictions(predictions).with_columns(prediction=pl.lit(value))
+    for kind in (pl.Float64, pl.Float32):
+        found = evaluate(constant.with_columns(pl.col('prediction').cast(kind)), draws=0)
+        assert found['days_constant'].to_list() == found['days'].to_list()
+        assert set(found['note']) == {'predictions are constant across codes'}
+        assert found['rank_ic'].to_list() == found['ic'].to_list() == [0.]*len(found)
 
 
 def test_rank_autocorrelation(predictions):

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from datetime import date
 
 import numpy as np
 import polars as pl
@@ -11,10 +12,12 @@ import pytest
 
 from atft import eval as report
 from atft.backtest import Trading
+from atft.baselines import past_return
 from atft.core import AtftError
+from atft.data import write_panel
 from atft.eval import alone, effect, said_rival, said_step, verdict, write_report
 from atft.judge import compare, evaluate, evaluate_by
-from atft.market import MarketSpec, embedded_panel
+from atft.market import MarketSpec, embedded_panel, synthetic_market
 from atft.predictions import example_predictions
 from atft.results import (
     example_run, load_run, make_frames, named, spoken_target, step_differences, trade)
@@ -192,6 +195,20 @@ def test_findings_of_a_panel_are_printed_with_the_data(result):
     assert '  - 2024-01-06 A' in said[1] and len(said) == 2
 
 
+def test_a_prediction_is_relative_to_the_mean_of_its_day():
+    "A score is read from the network, which the rest of this file does without"
+    import torch
+    from atft.inference import Predicted, _rows
+    from atft.network import Forecast
+    from atft.targets import Target
+    codes = [f'C{i}' for i in range(50)]
+    score = .01*torch.randn(50, 1, generator=torch.Generator().manual_seed(0))+.06
+    day = Predicted(date(2024, 1, 4), codes, Forecast(score, torch.zeros(50, 1, 3)), score)
+    prediction = _rows(day, [Target(1)])[0]['prediction']
+    assert abs(prediction.mean()) < 1e-6*prediction.std()
+    assert prediction.arg_sort().to_list() == score[:, 0].argsort().tolist()
+
+
 def test_a_run_of_other_horizons_gets_a_whole_report(run, tmp_path):
     later = tmp_path/'run'
     shutil.copytree(run, later)
@@ -265,3 +282,20 @@ def test_the_report_is_imported_without_the_network_or_compiled_loops():
     check = f'import sys, atft.eval; print([m for m in {heavy} if m in sys.modules])'
     found = subprocess.run([sys.executable, '-c', check], capture_output=True, text=True)
     assert found.stdout.strip() == '[]', found.stdout + found.stderr
+
+
+@pytest.mark.parametrize('days, skip', [(20, 5), (100, 20), (5, 0)])
+def test_who_paused_on_one_day_has_a_past_return(tmp_path, days, skip):
+    made = synthetic_market(codes=20, days=200, clusters=4)
+    rng = np.random.default_rng(0)
+    thin = made.panel.filter(pl.Series(rng.random(len(made.panel)) < .85))
+    panel = write_panel(thin, tmp_path/'panel', made.panel_spec)
+    got = past_return(panel, panel.dates[140:160], days, skip).filter(pl.col('horizon') == 1)
+    wide = panel.scan().select('date', 'code', 'ret_1d').collect().pivot(
+        on='code', index='date', values='ret_1d').sort('date')
+    place = {day: i for i, day in enumerate(wide['date'])}
+    for day, code, value in got.select('date', 'code', 'prediction').iter_rows():
+        end = place[day]-skip+1
+        past = wide[code][end-days:end].drop_nulls()
+        if len(past) < days/2: assert value is None
+        else: assert value == pytest.approx(past.sum(), abs=1e-6)
