@@ -43,6 +43,12 @@ def one_day(predictions):
     return dense(predictions, 1)
 
 # %% ../nbs/04h_prices.ipynb #_from_targets
+def _said_rare(sessions_a_year):
+    "What a table without prices is taken to mean, in a sentence if its days are not daily"
+    if sessions_a_year > 200: return ()
+    return (f'predictions are made on {sessions_a_year} days a year: without prices each of these '
+            'days is taken for a session, also by the horizon',)
+
 def _from_targets(chosen, predictions, trading):
     "A market whose returns are the targets of one day"
     if trading.entry == 'next_open' or trading.impact:
@@ -222,12 +228,6 @@ def _said_held(decided):
     if not held: return ()
     return (f'{held:,} of {len(decided):,} sessions have no predictions: positions are held until '
             'the next ones',)
-
-def _said_rare(sessions_a_year):
-    "What a table without prices is taken to mean, in a sentence if its days are not daily"
-    if sessions_a_year > 200: return ()
-    return (f'predictions are made on {sessions_a_year} days a year: without prices each of these '
-            'days is taken for a session, also by the horizon',)
 
 # %% ../nbs/04h_prices.ipynb #_steps
 def _steps(
