@@ -339,7 +339,8 @@ SPOILT_TEXT = {
     'a name twice': ('b.csv', b'date,code,close,close\n', "more than one column 'close'"),
     'not UTF-8': ('b.csv', b'date,code,close\n2024-01-02,\x83,1\n', 'invalid utf-8'),
     'another separator': (
-        'b.csv', b'date;code;close\n2024-01-02;A;1\n', "no column 'date' (found date;code;close)"),
+        'b.csv', b'date;code;close\n2024-01-02;A;1\n',
+        "has one column 'date;code;close'; write it with commas"),
     'cut off and packed': (
         'b.csv.gz', gzip.compress(b'date,code,close\n2024-01-02,A,1\n'*99)[:-9], 'is cut off or not CSV')}
 
