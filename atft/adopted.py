@@ -199,7 +199,8 @@ def _describe_all(files, spec, cache):
 def _point_to(folder, spec, target, shards, others=''):
     "A manifest for shards that stay where they are"
     days, codes = _survey(folder, shards, spec)
-    where = dict(root=str(folder), note='read in place'+others)
+    unseen = '; leaks are not looked for in a store' if isinstance(folder, Place) else ''
+    where = dict(root=str(folder), note='read in place'+others+unseen)
     write_manifest(target, spec, f'shards of {folder.name}', shards, days, codes, **where)
 
 # %% ../nbs/00j_adopted.ipynb #_check_middle
