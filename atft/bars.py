@@ -201,7 +201,7 @@ def panel_from_ohlcv(
     lazy = read_bars(ohlcv, spec).table
     return _panel_table(lazy, sessions_of_bars(lazy, spec.sessions), spec, beside)
 
-# %% ../nbs/00c_bars.ipynb #read_beside
+# %% ../nbs/00c_bars.ipynb #_with_columns
 def _with_columns(reading, columns):
     return replace(reading, columns=reading.names | columns) if columns else reading
 
@@ -218,6 +218,7 @@ def _reading_beside(spec, names, ours=('code',)):
         if is_free and theirs in names: told[theirs] = our
     return Reading(told, zone=spec.reading.zone, codes=spec.reading.codes)
 
+# %% ../nbs/00c_bars.ipynb #_sectors_of
 def _sectors_of(spec):
     "Sectors by their own names, or a vendor's, each file by the version that it has"
     names = _names_beside(spec.sectors, 'sectors')
@@ -231,6 +232,7 @@ def _sectors_of(spec):
     sources = [p.table if p.file is None else p.file for p in parts]
     return read_sectors(pl.concat([read_sectors(s, r, kept) for s, r in zip(sources, readings)]))
 
+# %% ../nbs/00c_bars.ipynb #read_beside
 def read_beside(
     spec:BarsSpec,
 )->Beside:
@@ -247,7 +249,7 @@ def read_beside(
         facts = read_facts(spec.join, spec.as_of, reading, counts)
     return Beside(universe, facts, sectors, dict(+counts))
 
-# %% ../nbs/00c_bars.ipynb #_bars_recipe
+# %% ../nbs/00c_bars.ipynb #_is_path
 def _is_path(source): return isinstance(source, (str, Path, Place))
 
 def _files_of(source):
@@ -258,6 +260,7 @@ def _files_of(source):
     if not path.is_dir(): return {path.name: path}
     return {str(f.relative_to(path)): f for f in _files_below(path, 'bars', Counter())}
 
+# %% ../nbs/00c_bars.ipynb #_digest_of
 def _digest_of(source, cache):
     "What tells a path's bytes or a table from another"
     if source is None: return None
@@ -271,6 +274,7 @@ def _digest_of(source, cache):
     source.lazy().collect().write_ipc(held)
     return hashlib.sha256(held.getbuffer()).hexdigest()
 
+# %% ../nbs/00c_bars.ipynb #_options_of
 def _options_of(spec):
     "The options of a panel as JSON has them; tables beside the bars by their path, if they have one"
     beside = {name: getattr(spec, name) for name in ('sectors', 'universe', 'join')}
@@ -281,6 +285,7 @@ def _options_of(spec):
         sessions=asdict(spec.sessions), own_features=spec.features is not None,
         tables=[name for name, t in beside.items() if t is not None], **paths)
 
+# %% ../nbs/00c_bars.ipynb #_bars_recipe
 def _bars_recipe(source, cache, spec):
     "Both halves of the key: the bars' bytes; the code, the features and the options"
     data = dict(bars=_digest_of(source, cache))

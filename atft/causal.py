@@ -103,7 +103,7 @@ def assert_causal(
             what = f'every day after {day} was {how}'
             _compare_up_to(whole, _call(fn, other, by_name), day, ignore, what)
 
-# %% ../nbs/00q_causal.ipynb #_sample
+# %% ../nbs/00q_causal.ipynb #LEAK_DAYS
 LEAK_DAYS = 40      # days that are looked at, spread over the span
 LEAK_ROWS = 20_000  # rows of them at most
 AHEAD = 5           # sessions ahead whose returns are compared
@@ -113,6 +113,7 @@ IN_PART = .05       # share of equal rows from which on it is said
 FEWEST_ROWS = 50    # below, a correlation says nothing
 FEWEST_EQUAL = 8    # below, equal numbers say nothing
 
+# %% ../nbs/00q_causal.ipynb #_of_days
 def _of_days(table, spec, days):
     "The rows of some days of a table that is sorted by date"
     date = table[spec.date]
@@ -128,6 +129,7 @@ def _returns_after(table, spec, days, picked, step):
                          pl.col(spec.ret).alias(f'ahead {step}'))
     return after.join(later, on='later').drop('later')
 
+# %% ../nbs/00q_causal.ipynb #_sample
 def _sample(table, spec):
     "Rows of some days, with the code's returns of the next sessions"
     if not table[spec.date].is_sorted(): table = table.sort(spec.date)
@@ -168,7 +170,7 @@ def _columns(rows, spec, names):
     ranks = ranked.cast(pl.Float64).fill_null(float('nan'))
     return {c: (plain[c].to_numpy(), ranks[c].to_numpy()) for c in names}
 
-# %% ../nbs/00q_causal.ipynb #find_leaks
+# %% ../nbs/00q_causal.ipynb #_found
 def _found(spec, known, ahead, columns):
     "Every known column beside every one that looks ahead: both names, equal, correlation, share"
     for ours in known:
@@ -183,6 +185,7 @@ def _in_words(spec, theirs):
     step = theirs.split()[1]
     return f'{spec.ret} of {step} session{"s" if step != "1" else ""} later'
 
+# %% ../nbs/00q_causal.ipynb #find_leaks
 def find_leaks(
     table:pl.DataFrame, # of a panel, sorted by date
     spec:PanelSpec,

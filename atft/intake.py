@@ -62,6 +62,7 @@ def _alike(missing, have):
         if theirs is not None: told[theirs] = ours
     return told
 
+# %% ../nbs/00l_intake.ipynb #_may_be_wide
 def _may_be_wide(have, told, asked):
     "No number is there, and no code: a matrix, perhaps"
     no_number = not set(asked.numbers) & set(have)

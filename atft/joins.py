@@ -136,7 +136,7 @@ def check_listed(
                         'list for every session, or ranges code,first,last')
     return len(dates.filter(~dates.is_in(universe['date'].unique().implode())))
 
-# %% ../nbs/00u_joins.ipynb #_with_time
+# %% ../nbs/00u_joins.ipynb #TIME
 TIME = 'time of the day' # of a publication, while facts are read
 STAMPED = r'^\d{4}-\d\d-\d\d[ T]\d\d:\d\d(?::\d\d)?$'
 
@@ -157,6 +157,7 @@ def _day_and_time(table, day, zone):
     if kind.time_zone and zone: column = column.dt.convert_time_zone(zone)
     return column.dt.date(), column.dt.time()
 
+# %% ../nbs/00u_joins.ipynb #_with_time
 def _with_time(source, as_of, reading):
     "The column of the day, and the facts with the time of it if one is told"
     names = _names(source, 'join')
@@ -196,7 +197,7 @@ def _latest(table, day, counts):
     counts['join: rows that another of the same day replaced'] += len(once)-len(last)
     return last
 
-# %% ../nbs/00u_joins.ipynb #read_facts
+# %% ../nbs/00u_joins.ipynb #_numbers_in
 def _numbers_in(table):
     "Text that holds numbers only, as numbers"
     texts = [c for c, kind in table.schema.items() if kind == pl.String and c != 'code']
@@ -206,6 +207,7 @@ def _numbers_in(table):
     whole = [c for c in texts if known[0, c] and known[0, c] == read[0, c]]
     return table.with_columns(numbers[c] for c in whole)
 
+# %% ../nbs/00u_joins.ipynb #read_facts
 def read_facts(
     source,                    # path or table: code, the column of `as_of`, and the facts
     as_of:str|None,            # column that says when a row was published: a day or a stamp; or

@@ -115,7 +115,7 @@ def _check_same_rows(panel, table, begin):
         raise AtftError(f'append_bars: rows of {begin} .. {until} come out otherwise from the bars '
                         f'beside {panel.folder}; make the panel again from all bars')
 
-# %% ../nbs/00v_longer.ipynb #_check_beside
+# %% ../nbs/00v_longer.ipynb #_said_before
 def _said_before(table, day, codes):
     "What a table beside the bars says of some codes before a day"
     known = table.join(codes.select('code'), on='code', how='semi')
@@ -124,6 +124,7 @@ def _said_before(table, day, codes):
         return known.with_columns(pl.min_horizontal('last', pl.lit(day).dt.offset_by('-1d')))
     return known.filter(pl.col('known' if 'known' in known.columns else 'date') < day)
 
+# %% ../nbs/00v_longer.ipynb #_check_beside
 def _check_beside(panel, beside, begin, codes):
     "One line unless the tables beside the bars say of earlier days what they said"
     for name, told in dict(universe='universe', facts='join', sectors='sectors').items():

@@ -163,16 +163,23 @@ def info(self:Place)->pf.FileInfo:
         return system.get_file_info(name)
 
 @patch
-def is_dir(self:Place)->bool: return self.info().type == pf.FileType.Directory
+def is_dir(self:Place)->bool:
+    "Is it a folder?"
+    return self.info().type == pf.FileType.Directory
+
 @patch
-def is_file(self:Place)->bool: return self.info().type == pf.FileType.File
+def is_file(self:Place)->bool:
+    "Is it a file?"
+    return self.info().type == pf.FileType.File
 
 @patch
 def stat(self:Place)->Stat:
+    "Its size in bytes and when it was written"
     info = self.info()
     if info.type != pf.FileType.File: raise FileNotFoundError(str(self))
     return Stat(info.size, info.mtime_ns or 0)
 
+# %% ../nbs/00o_places.ipynb #iterdir
 @patch
 def iterdir(self:Place)->list:
     "What lies in this folder, by name"
@@ -230,8 +237,10 @@ def write_text(self:Place, text:str):
         file.write_text(text)
         self.upload(file)
 
+# %% ../nbs/00o_places.ipynb #unlink
 @patch
 def unlink(self:Place, missing_ok:bool=False):
+    "Delete this file"
     if missing_ok and not self.is_file(): return
     with _asking(self):
         system, name = _inside(self)
@@ -308,6 +317,7 @@ def name_of(
     found = place(where)
     return str(found) if isinstance(found, Place) else str(where)
 
+# %% ../nbs/00o_places.ipynb #not_there
 def not_there(
     where:Path|Place, # that does not exist
 )->str:
@@ -374,6 +384,7 @@ def read_parquet(
     "The table of Parquet files"
     return scan_parquet(files).collect()
 
+# %% ../nbs/00o_places.ipynb #write_parquet
 def write_parquet(
     table:pl.DataFrame,
     file:Path|Place,
@@ -414,6 +425,7 @@ def store_reader(
     with _asking(file):
         return pq.ParquetFile(file.open(), metadata=footer, pre_buffer=True, **how)
 
+# %% ../nbs/00o_places.ipynb #store_trouble
 def store_trouble(
     file:Path|Place,
     error:Exception, # of reading it

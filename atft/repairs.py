@@ -124,6 +124,7 @@ def _mixed(flagged, name):
     steady = (pl.col('same_side') >= .9) & (pl.col('unsteady') <= .5)
     return codes.filter(often & steady).select('code', 'bars', 'outside', price=pl.lit(name))
 
+# %% ../nbs/00n_repairs.ipynb #mixed_prices
 def mixed_prices(
     flagged:pl.LazyFrame, # from `flag_bars`
 )->pl.LazyFrame:          # code, bars, outside, price: whose close or open is adjusted, the range not
@@ -148,7 +149,7 @@ def check_mixed_prices(
                     "all four (--adjust COLUMN:close names the adjusted close, beside the raw one) "
                     'or give the raw close')
 
-# %% ../nbs/00n_repairs.ipynb #find_jumps
+# %% ../nbs/00n_repairs.ipynb #SPLITS
 SPLITS = (1.5, 2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 20, 25, 30, 40, 50, 100)  # usual ratios, as are their inverses
 NEAR = .02   # how near the move must be to one of them
 SPLITS_LISTED = 100
@@ -161,6 +162,7 @@ def _moves(bars):
     wild = (pl.col('move').abs() > .2).sum().over('date')-1
     return moves.with_columns(others=wild/(pl.len().over('date')-1).clip(1))
 
+# %% ../nbs/00n_repairs.ipynb #find_jumps
 def find_jumps(
     bars:pl.LazyFrame, # repaired, on their sessions
 )->pl.DataFrame:       # code, date, ratio of the closes, like: the split that it looks like
@@ -222,6 +224,7 @@ def _of_repairs(findings):
     return [f'  {rule}: {found["bars"]:,} ({RULES[rule]}), first {_first_of(found["examples"])}'
             for rule, found in repairs.items()]
 
+# %% ../nbs/00n_repairs.ipynb #_of_days
 def _of_days(findings):
     out = findings.get('no_sessions', {})
     if not out.get('days'): return []

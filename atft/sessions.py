@@ -105,7 +105,7 @@ class Sessions:
     def dates(self):
         return self.days.filter('is_session').select('date')
 
-# %% ../nbs/00m_sessions.ipynb #session_days
+# %% ../nbs/00m_sessions.ipynb #_is_enough
 def _is_enough(rule):
     "Whether as many trade as one asks of the day"
     usual = pl.col('usual')
@@ -114,6 +114,7 @@ def _is_enough(rule):
     asked = pl.min_horizontal(rule.share*pl.col('of'), rare)
     return (pl.col('traded') > 0) & (pl.col('traded') >= asked)
 
+# %% ../nbs/00m_sessions.ipynb #session_days
 def session_days(
     counted:Days,
     rule:SessionRule=SessionRule(),
@@ -203,7 +204,7 @@ def check_calendars(
     _check_steps(counted)
     _check_weekdays(counted)
 
-# %% ../nbs/00m_sessions.ipynb #check_daily
+# %% ../nbs/00m_sessions.ipynb #STAMP
 STAMP = r'^\d{4}-\d\d-\d\d[ T]\d\d:\d\d'
 
 def _stamps_of(bars, form):
@@ -220,8 +221,10 @@ def _stamps_of(bars, form):
         date = _parsed(date, form)
     made = bars.select(pl.col('code').cast(pl.String), date=date)
     if made.collect_schema()['date'] != pl.Datetime: return None
-    return made.select('code', day=pl.col('date').dt.date().cast(pl.String), stamp=pl.col('date').cast(pl.String))
+    day = pl.col('date').dt.date().cast(pl.String)
+    return made.select('code', day=day, stamp=pl.col('date').cast(pl.String))
 
+# %% ../nbs/00m_sessions.ipynb #check_daily
 def check_daily(
     *bars:pl.LazyFrame,  # with columns `date` and `code`; dates may be stamps, text or numbers
     form:str|None=None,  # that was told of text or numbers
