@@ -70,6 +70,9 @@ def atomic_path(
         path.parent.mkdir(parents=True, exist_ok=True)
         with _renamed(path, temp):
             yield temp
+    except (FileExistsError, NotADirectoryError):
+        raise AtftError(f'cannot write {path}: a file stands where its folder goes; choose another '
+                        'folder') from None
     except OSError as e:
         if e.errno not in FULL_OR_FORBIDDEN: raise
         raise AtftError(f'cannot write {path}: {os.strerror(e.errno)}; free some space or choose '

@@ -37,7 +37,7 @@ class DoorSpec:
     sectors:str|None = None   # file: code, perhaps date, and what is kept of a code
     universe:str|None = None  # file of members: code, first, last; or date, code
     join:str|None = None      # file of fundamentals: code, the day they were published, numbers
-    as_of:str|None = None     # column of that file that says when they were published
+    as_of:str|None = None     # column that says when they were published; or two: DAY,TIME
     session_share:float = SessionRule.share # least share of the codes that trade in a session
 
     def __post_init__(self):

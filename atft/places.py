@@ -449,5 +449,9 @@ def trouble_with(
     kind:str,            # what it should be
 )->str:
     "Why a file cannot be opened: its store does not answer, or it is damaged"
-    damaged = f'{file} is cut off or not {kind} ({said_of(file, error)}); write it again'
+    says = said_of(file, error)
+    damaged = f'{file} is cut off or not {kind} ({says}); write it again'
+    if 'utf-8' in says.lower():
+        damaged = (f'{file} is not written in UTF-8 ({says}); write it again in UTF-8, which of '
+                   'Shift-JIS is: iconv -f SHIFT-JIS -t UTF-8 OLD > NEW')
     return store_trouble(file, error) or damaged

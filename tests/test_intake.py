@@ -338,6 +338,8 @@ SPOILT_TEXT = {
         'b.csv', b'date,code,close\n2024-01-02,A,1\n2024-01-03,00', 'its last row is short'),
     'a name twice': ('b.csv', b'date,code,close,close\n', "more than one column 'close'"),
     'not UTF-8': ('b.csv', b'date,code,close\n2024-01-02,\x83,1\n', 'invalid utf-8'),
+    'Shift-JIS': ('b.csv', 'date,code,close\n2024-01-02,東証,1\n'.encode('shift-jis'), 'in UTF-8'),
+    'UTF-16': ('b.csv', 'date,code,close\n2024-01-02,A,1\n'.encode('utf-16'), 'in UTF-8'),
     'another separator': (
         'b.csv', b'date;code;close\n2024-01-02;A;1\n',
         "has one column 'date;code;close'; write it with commas"),
