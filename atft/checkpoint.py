@@ -83,8 +83,10 @@ def _read_verified(path, version):
     if not isinstance(state, dict) or 'version' not in state:
         raise _fail(path, 'does not say which format it has', ours)
     if state['version'] != version:
+        by = state.get('by', 'the earlier atft')
         raise _fail(path, f'was written in format {state["version"]} of checkpoints,'
-                          f' this package reads {version}')
+                          f' this package reads {version}',
+                    f'train its phase again, or read it with {by} that wrote it')
     return state
 
 # %% ../nbs/03e_checkpoint.ipynb #load_state
@@ -153,8 +155,11 @@ def only_one(
         lock.truncate(0)
         lock.write(f'process {os.getpid()} on {platform.node()}, started {now}')
         lock.flush()
-        yield lambda: os.utime(path)
-        lock.truncate(0)  # not reached when the run fails: then the next one is told
+        try: yield lambda: os.utime(path)
+        except AtftError:
+            lock.truncate(0)  # refused, or stopped in order
+            raise
+        lock.truncate(0)  # not reached when the run dies: then the next one is told
 
 # %% ../nbs/03e_checkpoint.ipynb #Stopped
 class Stopped(AtftError):

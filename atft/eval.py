@@ -34,7 +34,7 @@ from .reports import (
     dated, provenance, provenance_table, save_figure, table, with_interval, write_text)
 from .results import (
     Frames, RunResult, load_run, make_frames, named, step_differences, target_names)
-from .runs import RunFolder
+from .runs import RunFolder, crossing
 from .sentences import (
     alone, effect, label, said_number, said_rival, said_step, same, tried, verdict)
 
@@ -156,9 +156,17 @@ def _about(configs):
     for config in configs:
         parts = [f'{k} {n} days ({a} .. {b})' for k, (a, b, n) in config['split'].items()]
         lines.append('- '+', '.join(parts))
-    first = (f'{run["embargo"]} sessions of embargo and the longest horizon are left out before '
-             f'each border. Trained by `python -m atft.phases` with {options}.')
+    first = f'{_gap_of(configs[0])} Trained by `python -m atft.phases` with {options}.'
     return '\n\n'.join([first, '\n'.join(lines), *_made_of(configs[0])])
+
+def _gap_of(config):
+    "How many days lie before each border, and whether returns reach over them"
+    if 'gap' not in config:
+        return (f'{config["run"]["embargo"]} sessions of embargo and the longest horizon are left out '
+                'before each border.')
+    gap = config['gap']
+    said = f'{gap["sessions"]} sessions are left out before each border.'
+    return ' '.join([said, crossing(gap['sessions'], gap['reach'])]).strip()
 
 def _made_of(config):
     "Features, targets, graph, and each phase's parts and loss, in paragraphs"

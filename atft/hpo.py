@@ -44,7 +44,7 @@ PARAMETERS = dict( # of this notebook
     storage='address of a database that machines share; None: a journal',
     fixed='parameters of the space that are not searched, between blanks',
     report_dir='where hpo_summary_YYYYMMDD.md goes; None: reports')
-DECIDED = ('run_dir', 'resume_checkpoint', 'predict_test') # by the study, for every trial
+DECIDED = ('run_dir', 'resume_checkpoint', 'again', 'predict_test') # by the study, for every trial
 
 # %% ../nbs/05_hpo.ipynb #trial_run
 def trial_run(

@@ -12,7 +12,7 @@ __all__ = ['SHORT_FIRST', 'SHORT_ONLY', 'EVERYTHING', 'PHASES', 'KEPT', 'PARAMET
 # %% ../nbs/03_phases.ipynb #imports
 import sys
 from contextlib import nullcontext
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from .callbacks import Callback, Keeper, Progress, Recorder, Watch, check_callba
 from .checkpoint import Stopped, stop_on_signals, weights_key
 from .core import AtftError, atomic_path, code_key, write_json
 from .inference import (
-    CHECKPOINT_VERSION, Setup, attribution, load_checkpoint, predict, predictions_table,
+    CHECKPOINT_VERSION, Setup, attribution, gap_of, load_checkpoint, predict, predictions_table,
     save_checkpoint, setup, stack, validate)
 from .graph import GraphSpec
 from .intervals import mean_interval
@@ -33,10 +33,10 @@ from .phase_row import HORIZONS, Phase, override
 from .processes import Processes
 from .reports import (
     dated, provenance, provenance_table, save_figure, table, with_interval, write_text)
-from .runs import RunFolder
+from .runs import RunFolder, crossing
 from .specs import (
     RunSpec, check_spec, command_line, parts_of, read_command_line, table_of, wanted_phases)
-from .trainer import Trainer, target_weights, train_phase
+from .trainer import Trainer, labelled, refuse_unlabelled, target_weights, train_phase
 
 # %% ../nbs/03_phases.ipynb #fe826075
 _all_ = [
@@ -141,7 +141,7 @@ def write_results(
     predictions = predictions_table(trainer.net, shared)
     if shared.processes.first:
         if shared.spec.save_phase_checkpoint:
-            save_checkpoint(folder.best(number), shared, number, trainer.net)
+            save_checkpoint(folder.best(number), shared, number, trainer.net, days=trainer.days)
         else: folder.best(number).unlink(missing_ok=True)  # of an earlier training
         with atomic_path(folder.predictions_path(number)) as temp:
             predictions.write_parquet(temp)
@@ -194,7 +194,8 @@ def config_of(
     rows = [asdict(phase) for phase in phases]
     by_whom = {name: made[name] for name in ('commit', 'versions', 'hardware')}
     return dict(
-        run=shared.spec.flat(), phases=rows, data=_data_of(shared.panel), split=split,
+        run=replace(shared.spec, again=False).flat(), phases=rows, data=_data_of(shared.panel), split=split,
+        gap=dict(sessions=gap_of(shared.split, shared.panel), reach=shared.panel.spec.reach),
         keys=_keys_of(shared), made=by_whom)
 
 # %% ../nbs/03_phases.ipynb #_start_of
@@ -208,7 +209,7 @@ def _start_of(number, folder, shared, resume):
     if resume != 'auto': return _named_start(shared)
     return load_checkpoint(folder.best(number-1), shared) if number else None
 
-# %% ../nbs/03_phases.ipynb #_todo
+# %% ../nbs/03_phases.ipynb #_start_key
 def _start_key(shared):
     "The key of the weights that the run names; None where it names none"
     if shared.spec.resume_checkpoint == 'auto': return None
@@ -229,11 +230,12 @@ def _refuse_own_state(spec, folder, wanted):
             raise AtftError(f'resume_checkpoint {spec.resume_checkpoint} is what phase {number} of '
                             'this run continues from by itself; leave it out (auto)')
 
+# %% ../nbs/03_phases.ipynb #_todo
 def _todo(shared, folder, wanted):
     "The phases to train, in order"
     spec = shared.spec
     _refuse_own_state(spec, folder, wanted)
-    order = folder.begin_order(wanted, spec.resume_checkpoint, _start_key(shared))
+    order = folder.begin_order(wanted, spec.resume_checkpoint, _start_key(shared), spec.again)
     todo = folder.plan(wanted, spec.resume_checkpoint, order['goes_on'], order['start'])
     _refuse_unkept(spec, todo)
     return todo
@@ -241,13 +243,15 @@ def _todo(shared, folder, wanted):
 # %% ../nbs/03_phases.ipynb #_announce
 def _announce(shared, todo, wanted):
     "What will be trained, on what"
-    numbers = ', '.join(map(str, todo)) or 'none, they are whole'
+    numbers = ', '.join(map(str, todo)) or 'none, all is done; --again trains once more'
     line = f'phases to train: {numbers}'
     if todo != wanted: line += f' (asked for: {shared.spec.phase})'
     world = shared.processes.world
     if world > 1: line += f', by {world} processes on {shared.device.type}'
     skipped = [f'skipped: shard {shard}' for shard in shared.panel.skipped]
-    print(shared.panel, shared.split, line, *skipped, sep='\n', file=sys.stderr, flush=True)
+    crossed = crossing(gap_of(shared.split, shared.panel), shared.panel.spec.reach)
+    lines = [shared.panel, shared.split, line, *skipped, crossed]
+    print(*filter(None, lines), sep='\n', file=sys.stderr, flush=True)
 
 # %% ../nbs/03_phases.ipynb #_run_chain
 def _run_chain(shared, folder, phases, keeper, callbacks, show):
@@ -284,8 +288,13 @@ def _prepared(spec, panel, phases, graph):
     _check_graph(spec, graph)
     shared = setup(spec, panel, parts_of(phases), graph)
     shared.network()  # slow to import, and refuses sizes that do not fit
-    for phase in table_of(spec, phases):
-        target_weights(phase, shared.panel.spec.labels)
+    table = table_of(spec, phases)
+    labels = shared.panel.spec.labels
+    for phase in table: target_weights(phase, labels)
+    known = labelled(shared)
+    for phase in table[:max(parse_phases(spec.phase, phases))+1]:
+        refuse_unlabelled(phase, known, labels)
+    _named_start(shared)
     return shared
 
 # %% ../nbs/03_phases.ipynb #run_phases
@@ -391,11 +400,12 @@ def _phase_rows(folder):
     head = ['phase', 'name', 'kept epoch', *columns, 'minutes', 'checkpoint']
     return table(head, [_report_row(n, m, targets, folder) for n, m in results.items()])
 
-def _trained_on(config, embargo):
+def _trained_on(config):
     "The days of each split in a sentence"
     days = [f'{name} {n} days {a} .. {b}' for name, (a, b, n) in config['split'].items()]
-    return (f'Trained on {", ".join(days)}, a gap of {embargo} sessions and the longest reach of '
-            'a target before each border.')
+    gap = config['gap']['sessions']
+    said = f'Trained on {", ".join(days)}, with a gap of {gap} sessions before each border.'
+    return ' '.join([said, crossing(gap, config['gap']['reach'])]).strip()
 
 # %% ../nbs/03_phases.ipynb #write_report-2
 def write_report(
@@ -412,7 +422,7 @@ def write_report(
     minutes = sum(m['minutes'] for m in results.values())
     made = provenance(command, data, spec.seed, minutes)
     return write_text(report, [
-        '# What was trained', provenance_table(made), _trained_on(config, spec.embargo),
+        '# What was trained', provenance_table(made), _trained_on(config),
         '## Validation rank IC by phase', KEPT, _phase_rows(folder),
         save_figure(plot_history(results), report, 'curves'),
         '## The phase table', phase_table(folder.phases())])

@@ -149,6 +149,7 @@ class TrainingSpec:
     phase:str = '0-4'           # which to train: 2, 0-4 or 0,2,4; missing earlier ones come first
     run_dir:str|None = None     # where checkpoints go; None: runs/NAME-OF-THE-DATA
     resume_checkpoint:str = 'auto' # auto: best weights of the phase before; none: fresh; or a path
+    again:bool = False          # train phases that are done once more
     save_phase_checkpoint:bool = True # write phase{N}_best.pt and phase{N}_last.pt
     max_epochs:int|None = None  # at most so many epochs a phase; None: as in the phase table
     overrides:str = '' # changes of the phase table: 2.lr or epochs, equals sign, value
@@ -164,7 +165,7 @@ class TrainingSpec:
     def __post_init__(self):
         object.__setattr__(self, 'phase', str(self.phase))
         _check_places(self, 'run_dir', 'resume_checkpoint')
-        _check_flags(self, 'save_phase_checkpoint', 'predict_test')
+        _check_flags(self, 'again', 'save_phase_checkpoint', 'predict_test')
         _check_counts(self, 0, 'seed', 'num_workers')
         _check_counts(self, 1, 'days_per_step', 'accumulate', optional=('max_epochs',))
         _check_training(self)
