@@ -16,6 +16,7 @@ from .checkpoint import Stopped, StopFlag
 from .core import AtftError
 from .inference import Setup, save_checkpoint
 from .runs import RunFolder
+from .tried import enter
 
 # %% ../nbs/03i_callbacks.ipynb #Callback
 class Callback:
@@ -150,7 +151,9 @@ class Recorder(Callback):
         named = dict(phase=trainer.number, name=trainer.phase.name, resume=trainer.resume)
         self.folder.ledger.write('trial', key, **named, **facts)
 
-    def phase_begins(self, trainer): self.record(trainer, state='started')
+    def phase_begins(self, trainer):
+        self.record(trainer, state='started')
+        if trainer.shared.processes.first: enter(self.folder, trainer.number, trainer.start)
 
     def phase_ends(self, trainer):
         score = trainer.history[trainer.best_epoch]['score']

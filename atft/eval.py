@@ -6,9 +6,9 @@
 __all__ = ['CAVEATS', 'rank_ic_table', 'difference_table', 'data_of', 'write_report', 'METRICS', 'Trading', 'backtest',
            'equal_weight', 'metric', 'performance', 'random_portfolios', 'target_weights', 'baselines', 'boosting',
            'momentum', 'reversal', 'ridge', 'compare', 'decay', 'decile_returns', 'evaluate', 'evaluate_by',
-           'plot_decay', 'plot_deciles', 'rank_ic', 'daily_ic', 'dense', 'load_predictions', 'AtftError', 'RunResult',
-           'load_run', 'make_frames', 'step_differences', 'alone', 'effect', 'label', 'plot_evaluation', 'said_rival',
-           'said_step', 'same', 'tried', 'verdict']
+           'plot_decay', 'plot_deciles', 'rank_ic', 'deflated_sharpe', 'daily_ic', 'dense', 'load_predictions',
+           'AtftError', 'RunResult', 'load_run', 'make_frames', 'step_differences', 'alone', 'effect', 'label',
+           'plot_evaluation', 'said_rival', 'said_step', 'same', 'tried', 'verdict']
 
 # %% ../nbs/04_eval.ipynb #imports
 import shlex
@@ -25,6 +25,7 @@ from .backtest import (
 from .baselines import baselines, boosting, momentum, reversal, ridge
 from .core import AtftError
 from .correlation import rank_ic
+from .intervals import deflated_sharpe
 from .judge import (
     compare, decay, decile_returns, evaluate, evaluate_by, plot_decay, plot_deciles)
 from .pictures import plot_evaluation
@@ -37,12 +38,13 @@ from .results import (
 from .runs import RunFolder, crossing
 from .sentences import (
     alone, effect, label, said_number, said_rival, said_step, same, tried, verdict)
+from .sentences import tried as said_of_tries  # a parameter of the notebook is called tried
 
 # %% ../nbs/04_eval.ipynb #handed_on
 _all_ = [METRICS, Trading, backtest, equal_weight, metric, performance,
          random_portfolios, target_weights, baselines, boosting, momentum, reversal,
          ridge, compare, decay, decile_returns, evaluate, evaluate_by, plot_decay,
-         plot_deciles, rank_ic, daily_ic, dense, load_predictions, AtftError,
+         plot_deciles, rank_ic, deflated_sharpe, daily_ic, dense, load_predictions, AtftError,
          RunResult, load_run, make_frames, step_differences, alone, effect, label, plot_evaluation,
          said_rival, said_step, same, tried, verdict]  # handed on
 
@@ -220,7 +222,7 @@ def data_of(
     return parts
 
 # %% ../nbs/04_eval.ipynb #_facts
-def _command(run_dir, name, cost_bps):
+def _command(run_dir, name, cost_bps, tried=None):
     "What a reader types to make the report again"
     folders = []
     for folder in str(run_dir).split(','):
@@ -228,6 +230,7 @@ def _command(run_dir, name, cost_bps):
         folders.append(f'runs/{path.name}' if path.is_absolute() else folder)
     options = '' if name == 'evaluation' else f' -p name {shlex.quote(name)}'
     options += '' if cost_bps == 10 else f' -p cost_bps {cost_bps:g}'
+    options += f' -p tried {tried}' if tried else ''
     return f'papermill nbs/04_eval.ipynb -p run_dir {",".join(folders)}{options}'
 
 def _facts(command, result):
@@ -294,7 +297,8 @@ def _sections(report):
     "Everything below the head"
     return ['## The data', *data_of(report.result), *_ranking(report), *_steps(report),
             *_reach(report), *_profit(report),
-            '## With everything in mind that was tried', *tried(report.result, report.frames),
+            '## With everything in mind that was tried',
+            *said_of_tries(report.result, report.frames),
             *_attribution(report), '## What to keep in mind', f'{CAVEATS} {report.terms}']
 
 # %% ../nbs/04_eval.ipynb #_show_figures
@@ -329,15 +333,16 @@ def write_report(
     trading:Trading|None=None, # None: long-short deciles at the close
     prices=None,            # anything that `backtest` takes; None: the 1d target's returns
     baselines:tuple[str, ...]|None=None, # which to set beside it; None: all
+    tried:int|None=None,    # how many things were tried that no ledger knows
 )->Path:
     "Write the evaluation report of a run, and its verdict into the run folder"
     _check_name(name)
-    result = load_run(run_dir, baselines)
+    result = load_run(run_dir, baselines, tried)
     frames = make_frames(result, trading, cost_bps, prices)
     undated = Path(report_dir)/f'{name}.md'
     report = undated if name.startswith('max_push') else dated(report_dir, name)
     sentences = verdict(result, frames.evaluations, frames.pairs, cost_bps, frames.trades)
-    facts = _facts(_command(run_dir, name, cost_bps), result)
+    facts = _facts(_command(run_dir, name, cost_bps, tried), result)
     shown = _show_figures(result, frames, report)
     sections = _sections(_Report(result, frames, shown, _terms_of(trading)))
     write_text(report, ['# Evaluation', *(f'- {s}' for s in sentences), provenance_table(facts),

@@ -19,17 +19,18 @@ from tqdm import tqdm
 
 from .checkpoint import Stopped
 from .core import AtftError
-from .inference import open_data
+from .inference import open_data, with_targets
 from .ledger import Ledger
 from .panel import Panel, Target
 from .phases import Callback, check_run, parse_phases, run_phases
 from .project import project_root
 from .runs import RunFolder
 from .specs import RunSpec
-from atft.study import (
-    SPACE, Search, apply_values, at_work, finished_trials, open_study, sampler_of, search_of,
-    suggest)
+from .study import (
+    SPACE, Search, apply_values, at_work, finished_trials, open_study, same_experiment, sampler_of,
+    search_of, suggest)
 from .summary import judge_winner, suggested_line, winner, write_summary
+from .tried import count_above
 
 # %% ../nbs/05_hpo.ipynb #handed-on
 _all_ = [
@@ -151,11 +152,14 @@ def run_study(
 )->optuna.Study:
     "Run trials until the study has enough; any number of processes may do so at once"
     panel = panel or open_data(search.run, project_root()/'runs/cache')
+    panel = with_targets(panel, search.run.source.targets)
     _check_target(search, panel)
+    count_above(search.folder)
     stopped = None
     with (at_work(search), open(search.folder/'ask.lock', 'a') as ask,
           tqdm(total=search.trials, desc='trials', disable=not show) as bar):
         study = open_study(search)
+        same_experiment(study, search, panel)
         while not stopped:
             fcntl.flock(ask, fcntl.LOCK_EX)  # so that two processes do not both start the last one
             if _is_enough(study, search, bar): break

@@ -15,7 +15,11 @@ from fastcore.basics import patch
 # %% ../nbs/03f_ledger.ipynb #Ledger
 class Ledger:
     "What was tried in a folder, a JSON line each"
-    def __init__(self, folder:str|Path): self.path = Path(folder)/'ledger.jsonl'
+    def __init__(self,
+        folder:str|Path,
+        name:str='ledger.jsonl', # of the file; a project's is `tried.jsonl`
+    ):
+        self.path = Path(folder)/name
 
     def entries(self)->list[dict]:
         "Every whole line, in order"

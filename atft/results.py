@@ -30,6 +30,7 @@ from .places import read_parquet
 from .predictions import daily_ic, load_predictions
 from .runs import CONFIG_VERSION, RunFolder
 from .sessions import sessions_per_year
+from .tried import Tried, count_tried
 
 # %% ../nbs/04e_results.ipynb #named
 def named(
@@ -113,11 +114,12 @@ class RunResult(NamedTuple):
     phases:dict    # name -> predictions on the test days
     baselines:dict # the same
     minutes:float  # of training
-    trials:int     # phases and searches that were trained in these folders
+    trials:int     # trainings and searches that competed for these test days, in all folders
     looks:int      # different sets of test predictions that were opened
     pictures:list  # of attribution, paths
     sessions_a_year:int=252 # of the panel's calendar; of folds: of the last
     findings:tuple=()       # what was counted when each panel was made, a dict each
+    tried:Tried|None=None   # where the number of trials comes from; None: the folders' own
 
     @property
     def last(self): return list(self.phases)[-1]
@@ -197,17 +199,20 @@ def _joined(folds, kind):
 def load_run(
     run_dir:str|Path, # written by `run_phases`; several folds of a walk-forward with commas
     kinds:tuple[str, ...]|None=None, # which baselines to set beside it; None: all
+    tried:int|None=None, # how many things were tried that no ledger knows
 )->RunResult:
     "Test predictions of every phase that all folders have, and of baselines on the same rows"
-    paths = tqdm(str(run_dir).split(','), 'folds', leave=False, delay=2)
-    folds = [_load_fold(path, kinds) for path in paths]
+    paths = str(run_dir).split(',')
+    folds = [_load_fold(path, kinds) for path in tqdm(paths, 'folds', leave=False, delay=2)]
     configs = [fold.configs[0] for fold in folds]
     minutes = sum(fold.minutes for fold in folds)
-    trials = max(fold.trials for fold in folds)  # the same phases in each fold are one choice
     looks = sum(fold.looks for fold in folds)
     found = tuple(fold.findings[0] for fold in folds)
-    return RunResult(configs, _joined(folds, 'phases'), _joined(folds, 'baselines'),
-                     minutes, trials, looks, folds[-1].pictures, folds[-1].sessions_a_year, found)
+    phases = _joined(folds, 'phases')
+    spoken = spoken_target(phases[list(phases)[-1]])
+    counted = count_tried([RunFolder(path) for path in paths], spoken, tried)
+    return RunResult(configs, phases, _joined(folds, 'baselines'), minutes, counted.total, looks,
+                     folds[-1].pictures, folds[-1].sessions_a_year, found, counted)
 
 # %% ../nbs/04e_results.ipynb #step_differences
 def step_differences(

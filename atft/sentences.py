@@ -163,8 +163,10 @@ def verdict(
 def _said_tries(result, frames):
     "How often somebody tried and looked, and what that leaves of the Sharpe ratio"
     looks = f'{result.looks} look{"s" if result.looks != 1 else ""}'
-    said = (f'{result.trials or "An unknown number of"} trainings are in the ledger of the run, '
+    own = result.tried.run if result.tried else result.trials
+    said = (f'{own or "An unknown number of"} trainings are in the ledger of the run, '
             f'and {looks} at its test days. ')
+    if result.tried and result.tried.said: said += f'{result.tried.said} '
     if frames.trades.why: return said+f'Nothing is traded: {frames.trades.why}.'
     if frames.doubts.deflated is None: return said+'The last phase does not trade.'
     return said+(f'The deflated Sharpe ratio of phase {result.last}, the probability of being '

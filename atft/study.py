@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TERM_SHARES', 'OF_THE_RUN', 'WINDOWS', 'SPACE', 'TRIAL', 'suggest', 'apply_values', 'Search', 'search_of',
-           'without_warnings', 'open_study', 'sampler_of', 'finished_trials', 'at_work']
+           'without_warnings', 'open_study', 'sampler_of', 'finished_trials', 'experiment_of', 'same_experiment',
+           'at_work']
 
 # %% ../nbs/05a_study.ipynb #imports
 import fcntl
@@ -12,7 +13,7 @@ import os
 import time
 import warnings
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +22,16 @@ from optuna.trial import TrialState
 from sqlalchemy import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
-from .core import AtftError
-from .panel import Target, as_target
+from .core import AtftError, code_key
+from .inference import split_of, with_targets
+from .losses import TERMS
+from .network import ATFT
+from .panel import Panel, Target, as_target
 from .phases import PHASES
 from .project import project_root
 from .phase_row import is_whole
-from .specs import RunSpec, override
+from .runs import FREE, as_json
+from .specs import RunSpec, override, table_of
 
 # %% ../nbs/05a_study.ipynb #SPACE
 TERM_SHARES = ('mse', 'quantile', 'sharpe', 'ic')
@@ -115,6 +120,9 @@ def _check_search(search):
     if not isinstance(search.name, str) or not search.name.strip():
         raise AtftError(f'search: name={search.name!r} is no name of a study')
     if search.storage is not None: _check_address(search.storage)
+    if not search.run.save_phase_checkpoint:
+        raise AtftError('search: save_phase_checkpoint=False keeps no weights of the winner, which '
+                        'looks at the test days; leave it out')
     _check_unsearched(search)
 
 def _check_unsearched(search):
@@ -243,6 +251,63 @@ def finished_trials(
         if trial.state == TrialState.FAIL: return 'reason' in trial.user_attrs
         return trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
     return [trial for trial in study.get_trials(deepcopy=False) if is_finished(trial)]
+
+# %% ../nbs/05a_study.ipynb #experiment_of
+def _question(search):
+    "The options that all trials have in common"
+    drawn = set(SPACE)-set(search.fixed)
+    free = {*FREE, 'data', 'predict_test'} - {'phase', 'resume_checkpoint'} | drawn
+    return {name: value for name, value in search.run.flat().items() if name not in free}
+
+def experiment_of(
+    search:Search,
+    panel:Panel,
+)->dict: # JSON values
+    "What all trials of a study share"
+    split = split_of(search.run, with_targets(panel, search.run.source.targets))
+    days = {part: f'{days[0]} .. {days[-1]}' for part, days in vars(split).items()}
+    table = [asdict(phase) for phase in table_of(search.run, PHASES)]
+    asked = dict(horizon=search.target.name, fixed=' '.join(sorted(search.fixed)))
+    hidden = dict(
+        data=panel.fingerprint, space=SPACE, network=code_key(ATFT), terms=code_key(*TERMS.values()))
+    return as_json(asked | _question(search) | days | hidden | dict(table=table))
+
+# %% ../nbs/05a_study.ipynb #_differences
+_WORDS = dict(
+    data='other data', space='another search space', network='other code of the network',
+    terms='other code of the terms', table='another phase table')
+
+def _differences(there, here):
+    "What two questions disagree about, in words"
+    words = []
+    for name in dict.fromkeys([*there, *here]):
+        before = there.get(name)
+        now = here.get(name)
+        if before == now or name == 'table': continue
+        words.append(_WORDS.get(name, f'{name}={before} there, {now} here'))
+    if not words and there.get('table') != here.get('table'): words = [_WORDS['table']]
+    return words
+
+# %% ../nbs/05a_study.ipynb #same_experiment
+def _nobody_knows(study, search):
+    return AtftError(f'search: the study {study.study_name!r} of {search.folder} has trials, but not '
+                     'what they were asked (it is older than that record); give another '
+                     'study_dir, or delete this one')
+
+def same_experiment(
+    study:optuna.Study,
+    search:Search,
+    panel:Panel,
+):
+    "Write down what a study asks, or refuse another question in it"
+    here = experiment_of(search, panel)
+    if 'experiment' not in study.user_attrs:
+        if finished_trials(study): raise _nobody_knows(study, search)
+        study.set_user_attr('experiment', here)
+    words = _differences(study.user_attrs['experiment'], here)
+    if words:
+        raise AtftError(f'search: the study {study.study_name!r} of {search.folder} was begun with '
+                        f'{"; ".join(words)}; give another study_dir, or the same options')
 
 # %% ../nbs/05a_study.ipynb #_retry_killed
 def _retry_killed(study):

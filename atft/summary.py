@@ -24,7 +24,8 @@ from .reports import (
     dated, provenance, provenance_table, save_figure, table, with_interval, write_text)
 from .runs import RunFolder
 from .specs import RunSpec, command_line, parts_of, table_of
-from .study import OF_THE_RUN, Search, finished_trials, without_warnings
+from .study import (
+    OF_THE_RUN, Search, finished_trials, same_experiment, without_warnings)
 
 # %% ../nbs/05b_summary.ipynb #_complete
 def _complete(study):
@@ -203,6 +204,7 @@ def write_summary(
     "`hpo_summary_YYYYMMDD.md`: what was found, what mattered, and what the test days say"
     report = dated(report_dir, name)
     panel = panel or open_data(search.run, project_root()/'runs/cache')
+    same_experiment(study, search, panel)
     judged = judge_winner(search, study, panel)
     minutes = sum(map(_minutes, finished_trials(study)))
     facts = provenance(command, f'{panel}; {panel.source}', search.run.seed, minutes)
