@@ -41,10 +41,10 @@ PILLARS = (
         '02e_blocks 02f_explain 02g_published 02h_fan_kernels'),
     _pillar('training', 'five phases, each from', 'where the last ended',
         '03_phases 03a_specs 03b_runs 03c_trainer 03d_processes '
-        '03e_checkpoint 03f_ledger 03g_inference 03h_phase_row 03i_callbacks'),
+        '03e_checkpoint 03f_ledger 03g_inference 03h_phase_row 03i_callbacks 03j_grown'),
     _pillar('judging', 'rank IC ± 95%, costs,', 'baselines, the report',
         '04_eval 04a_predictions 04b_judge 04c_backtest 04d_baselines 04e_results '
-        '04f_pictures 04g_sentences 04h_prices 04i_trading'),
+        '04f_pictures 04g_sentences 04h_prices 04i_trading 04j_predict'),
     _pillar('using it', 'search, speed, what each', 'part adds, your own',
         '05_hpo 05a_study 05b_summary 06_bench 07_ablation 07a_gains 08_own_idea'),
 )
