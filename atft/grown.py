@@ -6,14 +6,12 @@
 __all__ = ['KEPT', 'NEVER', 'record_of', 'check_grown']
 
 # %% ../nbs/03j_grown.ipynb #imports
-from pathlib import Path
-
 import numpy as np
 import polars as pl
 
 from .core import AtftError
 from .panel import Panel
-from .places import Place, place, scan_parquet
+from .places import place, scan_parquet
 from .shards import damage_of
 
 # %% ../nbs/03j_grown.ipynb #record_of

@@ -189,13 +189,13 @@ def mean_of_ranks(
     "The forecast of an ensemble: of every day and target, the mean of its runs' ranks"
     if len(tables) == 1: return tables[0]
     group = ('date', 'target_name')
-    rank = pl.col('prediction').rank().over(group)
-    middle = (pl.col('prediction').count().over(group)+1)/2
     names = pl.col('prediction').count().over(group)
-    ranked = [table.with_columns(prediction=(rank-middle)/names) for table in tables]
+    centred = pl.col('prediction').rank().over(group)-(names+1)/2  # exact: equal sums stay equal
+    ranked = [table.with_columns(prediction=centred) for table in tables]
     keys = ['date', 'code', 'horizon', 'target_name']
     together = pl.concat(ranked).group_by(keys, maintain_order=True)
-    return together.agg(pl.col('prediction', 'q10', 'q50', 'q90').mean())
+    means = together.agg(pl.col('prediction', 'q10', 'q50', 'q90').mean())
+    return means.with_columns(pl.col('prediction')/names)
 
 # %% ../nbs/04j_predict.ipynb #_weights
 def _weights(table, name, trading):
