@@ -25,6 +25,7 @@ from .inference import (
     CHECKPOINT_VERSION, Setup, attribution, gap_of, load_checkpoint, predict, predictions_table,
     save_checkpoint, setup, stack, validate)
 from .graph import GraphSpec
+from .grown import record_of
 from .intervals import mean_interval
 from .losses import TERMS
 from .network import ATFT, PARTS
@@ -167,7 +168,7 @@ def _data_of(panel):
     return dict(
         fingerprint=panel.fingerprint, source=panel.source, panel=repr(panel),
         features=panel.spec.features, targets=panel.spec.target_names, skipped=panel.skipped,
-        folder=str(panel.folder.resolve()))
+        folder=str(panel.folder.resolve()), **record_of(panel))
 
 # %% ../nbs/03_phases.ipynb #_keys_of
 def _keys_of(shared):
