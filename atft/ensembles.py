@@ -14,13 +14,21 @@ from .correlation import rank_ic
 from .predictions import KEYS, dense, load_predictions, targets_in
 
 # %% ../nbs/04k_ensembles.ipynb #ranked
+_DAY = ('target_name', 'date')
+
+def _rank():
+    "1, 2, 3 and so on; those that are level share the mean of their ranks"
+    return pl.col('prediction').rank('average').over(_DAY)
+
+def _centred():
+    "Ranks from -0.5 to 0.5"
+    return (pl.col('prediction')-.5)/pl.col('prediction').count().over(_DAY)-.5
+
 def ranked(
     table:pl.DataFrame, # from `load_predictions`
 )->pl.DataFrame:        # the same rows
     "Each prediction as its rank within its day and target, from -0.5 to 0.5"
-    rank = pl.col('prediction').rank('average')
-    within = (rank-.5)/pl.col('prediction').count()-.5
-    return table.with_columns(within.over('target_name', 'date').alias('prediction'))
+    return table.with_columns(_rank()).with_columns(_centred())
 
 # %% ../nbs/04k_ensembles.ipynb #_check_same_rows
 def _check_same_rows(first, other, number):
@@ -49,11 +57,11 @@ def ensemble(
     if not tables: raise AtftError('ensemble: no table is given; give the predictions of each seed')
     loaded = [load_predictions(table) for table in tables]
     for number, table in enumerate(loaded[1:], 1): _check_same_rows(loaded[0], table, number)
-    members = [ranked(table) for table in loaded]
+    members = [table.with_columns(_rank()) for table in loaded]
     shared = [c for c in _AVERAGED if all(c in table.columns for table in members)]
     columns = [_mean_of(members, column).alias(column) for column in shared]
     lost = [c for c in _AVERAGED if c in members[0].columns and c not in shared]
-    return members[0].with_columns(columns).drop(lost)
+    return members[0].with_columns(columns).with_columns(_centred()).drop(lost)
 
 # %% ../nbs/04k_ensembles.ipynb #blended
 def _mixed(model, other, weight):

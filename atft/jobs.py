@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STATES', 'BASE', 'COPIES', 'SLURM', 'TRIES', 'Job', 'Outcome', 'refuse_other', 'is_whole', 'Refit', 'chosen_epochs',
            'refit_run', 'train_job', 'Engine', 'Here', 'here', 'processes', 'memory_of', 'free_memory', 'usual_workers',
-           'cluster', 'Waiting', 'slurm_options', 'slurm', 'Board', 'say', 'run_jobs']
+           'dask_cluster', 'Waiting', 'slurm_options', 'slurm_queue', 'Board', 'say', 'run_jobs']
 
 # %% ../nbs/05d_jobs.ipynb #imports
 import fcntl
@@ -242,7 +242,7 @@ def usual_workers(
     fit = free_memory()/memory
     return max(1, min(jobs, cores, cores if math.isinf(fit) else int(fit)))
 
-# %% ../nbs/05d_jobs.ipynb #cluster
+# %% ../nbs/05d_jobs.ipynb #dask_cluster
 def _needs(package, option):
     if importlib.util.find_spec(package): return
     raise AtftError(f'jobs: {option} needs the package {package}; pip install {package}')
@@ -258,7 +258,7 @@ def _dask(address):
                         'scheduler and give the address that it prints, tcp://HOST:8786') from None
     with client: yield client.get_executor(pure=False)
 
-def cluster(
+def dask_cluster(
     address:str, # of a dask scheduler: tcp://HOST:8786
 )->Engine:
     "The workers of a dask cluster"
@@ -296,8 +296,8 @@ def slurm_options(
         found[name] = int(value) if value.isdigit() else value
     return found
 
-# %% ../nbs/05d_jobs.ipynb #slurm-engine
-def slurm(
+# %% ../nbs/05d_jobs.ipynb #slurm_queue
+def slurm_queue(
     folder:str|Path,       # where submitit keeps scripts and logs
     options:str='',        # as for `slurm_options`
     threads:int=1,         # cores of a job
