@@ -255,7 +255,7 @@ def _announce(shared, todo, wanted):
     print(*filter(None, lines), sep='\n', file=sys.stderr, flush=True)
 
 # %% ../nbs/03_phases.ipynb #_run_chain
-def _run_chain(shared, folder, phases, keeper, callbacks, show):
+def _run_chain(shared, folder, phases, keeper, callbacks, show, kind=Trainer):
     "The phases that are wanted or missing, one after another"
     wanted = parse_phases(shared.spec.phase, phases)
     todo = None
@@ -270,7 +270,7 @@ def _run_chain(shared, folder, phases, keeper, callbacks, show):
         resume = shared.spec.resume_checkpoint if number == wanted[0] else 'auto'
         start = _start_of(number, folder, shared, resume)
         trainer = train_phase(
-            shared, folder, number, phases[number], start, callbacks, resume)
+            shared, folder, number, phases[number], start, callbacks, resume, kind)
         done[number] = write_results(trainer, folder)
         keeper.stop_if_asked(trainer)
     return done or {number: folder.read_metrics(number) for number in wanted}
@@ -308,6 +308,7 @@ def run_phases(
     graph=None,            # a callable that turns a day into edges; None: the correlation graph
     callbacks:tuple=(),    # of `Callback`
     report=None,           # called when all is trained; before it returns nothing has ended
+    kind=Trainer,          # makes the trainers: a subclass may keep another epoch
 )->dict[int, dict]:        # phase -> its metrics
     "Train the phases of `spec` in order, each from the best weights of the one before"
     phases = PHASES if phases is None else tuple(phases)
@@ -322,7 +323,8 @@ def run_phases(
             keeper = Keeper(folder, flag, alive)
             if show and shared.processes.first: callbacks = (Progress(), *callbacks)
             callbacks = (keeper, Recorder(folder), *callbacks)
-            done = _run_chain(shared, folder, table_of(spec, phases), keeper, callbacks, show)
+            done = _run_chain(
+                shared, folder, table_of(spec, phases), keeper, callbacks, show, kind)
             if shared.processes.first: _end(folder, report)
             return done
 

@@ -445,11 +445,12 @@ def train_phase(
     start:dict|None,  # checkpoint whose weights to begin with; None: newborn
     callbacks:tuple=(),
     resume:str='auto', # none or a path, where the run says so of this phase
+    kind=Trainer,      # makes the trainer: a subclass may keep another epoch
 )->Trainer:           # the best weights in its network
     "Train one phase to its end, continuing where an interrupted attempt stopped"
     net = shared.network()
     if start: load_weights(net, start)
-    trainer = Trainer(shared, number, phase, net, callbacks)
+    trainer = kind(shared, number, phase, net, callbacks)
     trainer.resume = resume
     trainer.days = days_of(shared, start)
     _continue(trainer, folder)
