@@ -13,9 +13,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from .core import AtftError
+from .core import AtftError, is_whole
 from .ledger import Ledger
-from .phase_row import is_whole
 from .runs import FREE, RunFolder
 
 # %% ../nbs/03k_tried.ipynb #project_folder
