@@ -112,16 +112,17 @@ def test_kill_9_at_random_moments_then_the_same_command_gives_the_same_bits(
         small_market, straight, tmp_path, request, record_property):
     rng = random.Random(0)
     run = tmp_path/'killed'
+    typed = command(small_market, run, '--again')  # whenever it gets to its end, it begins anew
     died = 0
     for _ in range(kills(request)):
-        process = subprocess.Popen(command(small_market, run), **QUIET)
+        process = subprocess.Popen(typed, **QUIET)
         wait_for_news(run, process)
         time.sleep(rng.uniform(0, 1.5))
         process.send_signal(signal.SIGKILL)
         died += process.wait() == -signal.SIGKILL
     record_property('killed with signal 9', died)
     assert died >= min(2, kills(request))
-    done = finish(command(small_market, run))
+    done = finish(typed)
     assert 'did not end in order; continuing' in done.stderr or died < kills(request)
     same_bits(straight, run)
 
