@@ -10,11 +10,12 @@ import pytest
 from atft import phases
 from atft.backtest import backtest
 from atft.core import AtftError
-from atft.hpo import Search, run_study, winner
+from atft.hpo import Search, finished_trials, open_study, run_study, winner
 from atft.intervals import deflated_sharpe
 from atft.market import MarketSpec, embedded_panel
 from atft.phases import RunFolder, RunSpec, run_phases
 from atft.results import deflated, load_run
+from atft.summary import tries_of
 from atft.tried import Tried, count_tried, project_folder, project_ledger
 
 TINY = dict(
@@ -80,6 +81,14 @@ def test_the_report_is_deflated_by_all_of_them(result):
     assert deflated(backtest(last), result.trials) == deflated_sharpe(net, 9)
     assert deflated_sharpe(net, 9) < deflated_sharpe(net, 1)
     assert '1 of this run, 4 trials of searches, 4 trainings in other folders' in result.tried.said
+
+
+def test_the_interval_of_a_winner_is_widened_by_all_of_them(project):
+    run = RunSpec(**TINY | dict(run_dir=str(project/'study')))
+    search = Search(run, trials=4, fixed=FIXED)
+    study = open_study(search)
+    assert len(finished_trials(study)) == 4
+    assert tries_of(search, study) == 9
 
 
 def test_what_no_ledger_knows_is_told(project):
