@@ -188,7 +188,7 @@ def _said_luck(result, trades):
     luck = trades.luck
     sharpe = metric(trades.net[result.last], 'sharpe')[0]
     as_high = int((luck >= sharpe).sum())
-    return (f'Of {len(luck)} portfolios that trade the same predictions with the codes shuffled, '
+    return (f'Of {len(luck)} portfolios that trade the same on the returns of shuffled codes, '
             f'{as_high} have a Sharpe ratio at least as high ({sharpe:.2f} against '
             f'{luck.min():.2f} to {luck.max():.2f}).')
 
