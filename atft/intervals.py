@@ -45,8 +45,9 @@ def persistence(
 )->float: # correlation with the next day, 0 .. .999, that overlap does not explain; 0: none is seen
     "The h-th root of the autocorrelation at h days, corrected for its bias (Kendall, 1954)"
     days = len(x)
+    if days <= horizon+2: return 0.
     e = x-x.mean()
-    if days <= horizon+2 or not e @ e > 0: return 0.
+    if not e @ e > 0: return 0.
     found = (e[horizon:] @ e[:-horizon])/(e @ e)
     if found < 2*math.sqrt(horizon/days): return 0.
     found += horizon*(1+3*found)/days

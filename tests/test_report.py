@@ -177,6 +177,7 @@ def test_a_trading_of_ones_own_is_what_the_report_counts(run, tmp_path):
     assert 'after 0 bp its daily long-short' in cheap and 'Traded as Trading(' in cheap
     assert 'after 50 bp its daily long-short' in dear and '-p cost_bps 50' in dear
     assert '| lightgbm |' not in cheap
+    assert 'are fitted on the day and on the window that the network reads' in cheap
 
 
 def test_a_cost_of_ones_own_is_not_drawn_at_other_spreads(result):
@@ -200,12 +201,10 @@ def test_a_report_says_its_data_its_year_and_compounded_returns(run, tmp_path):
     assert ' Calmar of the arithmetic mean ' in head and ' Sharpe net of 10 bp ' in head
 
 
-def test_a_report_says_what_the_baselines_are_fitted_on(run, tmp_path):
-    text = write_report(run, tmp_path, baselines=('reversal_1d', 'ridge')).read_text()
-    said = re.search(r'are fitted on the day and on the window .*: ridge is fitted on (.*)\.', text)
-    assert re.search('the day|the window of 20 sessions', said[1])
-    without = write_report(run, tmp_path, baselines=('reversal_1d',)).read_text()
-    assert 'are fitted on' not in without
+def test_a_report_says_what_the_baselines_are_fitted_on(result):
+    said = report._fitted_on(result)
+    assert re.search('ridge is fitted on the (day|window of 20 sessions) for ', said[0])
+    assert report._fitted_on(result._replace(baselines={})) == []
 
 
 def test_a_ratio_without_a_losing_day_is_unbounded_in_the_table():
