@@ -289,7 +289,9 @@ METRICS = ('return', 'volatility', 'sharpe', 'sortino', 'calmar', 'max_drawdown'
            'hit_rate', 'cagr')
 
 def _ratio(a, b):
-    return a/b if b > 0 else 0.
+    "a/b; unbounded where a gain stands against nothing, 0 where nothing does"
+    if b > 0: return a/b
+    return math.copysign(math.inf, a) if a else 0.
 
 def _drawdown(x):
     "The largest fall of the value from its height so far"
@@ -309,7 +311,7 @@ def _metrics(x, days_a_year=252):
     "`METRICS` of a daily return series; a year's figures from arithmetic means"
     is_ruined = (x <= -1).any()
     year = -1. if is_ruined else x.mean()*days_a_year
-    volatility = x.std()*days_a_year**.5
+    volatility = x.std()*days_a_year**.5 if np.ptp(x) else 0.
     losses = np.minimum(x, 0)
     down = np.sqrt(np.mean(losses**2))*days_a_year**.5
     gains = 0. if is_ruined else np.maximum(x, 0).sum()
@@ -379,6 +381,31 @@ def metric(
         raise AtftError(f'metric: no {name!r}; there are {", ".join(found["metric"])}')
     return rows.row(0)
 
+# %% ../nbs/04c_backtest.ipynb #_partners
+def _partners(is_there, order):
+    "[T, N] whose return each code earns: the next one in a circle that is there; oneself if absent"
+    codes = len(order)
+    there = is_there[:, order]
+    place = np.where(there, np.arange(codes), 2*codes)
+    circle = np.concatenate([place, place+codes], 1)
+    ahead = np.minimum.accumulate(circle[:, ::-1], 1)[:, ::-1]
+    partner = np.empty_like(place)
+    partner[:, order] = np.where(there, order[ahead[:, 1:codes+1]%codes], order)
+    return partner
+
+def _of_others(market, trading, order):
+    "A market in which each code earns the return of another, what a delisting takes included"
+    partner = _partners(market.tradable & market.known, order)
+    lost = (1+market.returns)*(1+trading.delisting)-1
+    returns = np.where(market.gone, lost, market.returns)
+    return market._replace(returns=np.take_along_axis(returns, partner, 1))
+
+# %% ../nbs/04c_backtest.ipynb #_luck
+def _luck(weights, market, trading, rng):
+    "The account of one shuffled portfolio, as `backtest` gives it"
+    others = _of_others(market, trading, rng.permutation(len(market.codes)))
+    return _run(weights, others, replace(trading, delisting=0.))[1]
+
 # %% ../nbs/04c_backtest.ipynb #random_portfolios
 def random_portfolios(
     predictions,           # anything that `load_predictions` takes
@@ -388,18 +415,17 @@ def random_portfolios(
     trading:Trading|None=None,
     prices=None,           # as for `backtest`
 )->np.ndarray: # [count] net Sharpe ratios, annualised
-    "What the same trading earns when every code gets the predictions of another"
+    "What the same trading earns when every code earns the return of another"
     trading = trading or Trading()
     predictions = load_predictions(predictions)
     rng = np.random.default_rng(seed)
     chosen = dense(predictions, horizon)
     market = market_of(chosen, predictions, trading, prices)
+    weights = target_weights(chosen.prediction, trading, _parts(chosen, market)).numpy()
     place = METRICS.index('sharpe')
     sharpe = []
     for _ in tqdm(range(count), desc='random portfolios', leave=False, delay=2):
-        of_others = chosen.prediction[:, rng.permutation(len(chosen.codes))]
-        weights = target_weights(of_others, trading, _parts(chosen, market)).numpy()
-        net = _run(weights, market, trading)[1]['net'].to_numpy()
+        net = _luck(weights, market, trading, rng)['net'].to_numpy()
         sharpe.append(_metrics(net, market.sessions_a_year)[place])
     return np.array(sharpe)
 

@@ -22,7 +22,7 @@ import polars as pl
 from .backtest import (
     METRICS, Trading, backtest, equal_weight, metric, performance, random_portfolios,
     target_weights)
-from .baselines import baselines, boosting, momentum, reversal, ridge
+from .baselines import baselines, boosting, momentum, reversal, ridge, said_sees
 from .core import AtftError
 from .correlation import rank_ic
 from .intervals import deflated_sharpe
@@ -252,13 +252,21 @@ class _Report:
     def picture(self, name): return [self.shown[name]] if name in self.shown else []
 
 # %% ../nbs/04_eval.ipynb #_ranking
+def _fitted_on(result):
+    "Which view of the past the baselines that learn have, in a paragraph if there are any"
+    said = said_sees(result.baselines)
+    if not said: return []
+    return ['The baselines that learn are fitted on the day and on the window that the network '
+            'reads; what ranks the validation days better stands here: '+'; '.join(said)+'.']
+
 def _ranking(report):
     last = report.result.last
     constant = [report.frames.evaluations[n]['days_constant'].sum() for n in report.result.phases]
     return ['## Rank IC on the test days',
             'Mean of the daily Spearman correlation with a 95% interval (equally weighted cosines, '
             'which hold their level for overlapping targets).',
-            rank_ic_table(report.frames.evaluations), *report.picture('cumulative_rank_ic'),
+            rank_ic_table(report.frames.evaluations), *_fitted_on(report.result),
+            *report.picture('cumulative_rank_ic'),
             f'Phase {last} in detail:', _detail_table(report.frames.evaluations[last]),
             f'Predictions are constant across codes on {sum(constant)} test days, all phases and '
             'horizons together.']

@@ -45,8 +45,9 @@ def persistence(
 )->float: # correlation with the next day, 0 .. .999, that overlap does not explain; 0: none is seen
     "The h-th root of the autocorrelation at h days, corrected for its bias (Kendall, 1954)"
     days = len(x)
+    if days <= horizon+2: return 0.
     e = x-x.mean()
-    if days <= horizon+2 or not e @ e > 0: return 0.
+    if not e @ e > 0: return 0.
     found = (e[horizon:] @ e[:-horizon])/(e @ e)
     if found < 2*math.sqrt(horizon/days): return 0.
     found += horizon*(1+3*found)/days
@@ -147,6 +148,21 @@ def _stretch(
         stretch = max(stretch, stdtrit(freedom, .975)*error/width)
     return stretch
 
+# %% ../nbs/00h_intervals.ipynb #_percentiles
+def _percentiles(drawn):
+    "The 2.5 and 97.5% points of each column of [draws, S]"
+    ends = np.empty((2, drawn.shape[1]))
+    for nth, column in enumerate(drawn.T):
+        how = 'linear' if np.isfinite(column).all() else 'inverted_cdf'
+        ends[:, nth] = np.percentile(column, (2.5, 97.5), method=how)
+    return ends
+
+def _stretched(found, end, stretch):
+    "An end of an interval that much further away, where both are finite"
+    is_finite = np.isfinite(found) & np.isfinite(end)
+    middle = np.where(is_finite, found, 0.)
+    return np.where(is_finite, middle+(end-middle)*stretch, end)
+
 # %% ../nbs/00h_intervals.ipynb #bootstrap_interval
 def bootstrap_interval(
     x:np.ndarray,      # [D] or [D, S] daily values, resampled by day
@@ -163,10 +179,10 @@ def bootstrap_interval(
     drawn = _arch().StationaryBootstrap(_block_length(x), x, seed=seed)
     def with_means(sample):
         return np.append(statistic(sample), sample.mean(0))
-    low, high = drawn.conf_int(with_means, draws, method='percentile')
-    stretch = _stretch(x, (high-low)[count:]/2, horizon)
-    low = found-(found-low[:count])*stretch
-    high = found+(high[:count]-found)*stretch
+    low, high = _percentiles(drawn.apply(with_means, draws))
+    stretch = _stretch(x, (high[count:]-low[count:])/2, horizon)
+    low = _stretched(found, low[:count], stretch)
+    high = _stretched(found, high[:count], stretch)
     if np.ndim(found): return low, high
     return float(low[0]), float(high[0])
 

@@ -54,6 +54,9 @@ def _from_targets(chosen, predictions, trading):
     if trading.entry == 'next_open' or trading.impact:
         raise AtftError(f'backtest: entry={trading.entry!r}, impact={trading.impact} need prices '
                         'with open, close and dollar_volume')
+    if trading.delisting:
+        raise AtftError(f'backtest: delisting={trading.delisting} needs prices, which alone tell '
+                        'that a code is never traded again; give prices, or delisting=0')
     one = chosen if chosen.target_name == '1d' else one_day(predictions)
     if chosen.dates != one.dates or chosen.codes != one.codes:
         raise AtftError(f'backtest: the traded target {chosen.target_name} and 1d do not have the '

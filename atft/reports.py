@@ -7,6 +7,7 @@ __all__ = ['git_commit', 'hardware', 'provenance', 'provenance_table', 'dated', 
            'table']
 
 # %% ../nbs/00f_reports.ipynb #imports
+import math
 import os
 import platform
 import subprocess
@@ -112,7 +113,13 @@ def with_interval(
 )->str:
     "A number and its interval; a number without one is not printed"
     if low is None or low != low: return 'too few days'
-    return f'{value:{form}} [{low:{form}}, {high:{form}}]'
+    value, low, high = [_bounded(number, form) for number in (value, low, high)]
+    return f'{value} [{low}, {high}]'
+
+def _bounded(number, form):
+    "A number as text; a ratio to no loss at all has no bound"
+    if math.isinf(number): return 'unbounded' if number > 0 else 'unbounded below'
+    return f'{number:{form}}'
 
 def table(
     head:list[str],        # column names

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['named', 'target_names', 'spoken_target', 'one_target', 'as_asked', 'example_run', 'RunResult', 'load_run',
-           'step_differences', 'Trades', 'trade', 'Doubts', 'deflated', 'doubts', 'Frames', 'make_frames']
+           'step_differences', 'Trades', 'trade', 'Doubts', 'deflated', 'best_baseline', 'doubts', 'Frames',
+           'make_frames']
 
 # %% ../nbs/04e_results.ipynb #imports
 import hashlib
@@ -19,11 +20,11 @@ from tqdm import tqdm
 
 from .backtest import (
     Trading, equal_weight, metric, notes_on, performance, random_portfolios, traded)
-from .baselines import cached_baselines
+from .baselines import LOOKBACK, cached_baselines
 from .core import AtftError, write_json
 from .intervals import deflated_sharpe, overfit_probability, superior_ability
 from .judge import (
-    compare, decay, decile_returns, evaluate, evaluate_by, is_grouping, with_holm)
+    common_ics, compare, decay, decile_returns, evaluate, evaluate_by, is_grouping, with_holm)
 from .ledger import Ledger
 from .panel import Panel
 from .places import read_parquet
@@ -149,9 +150,10 @@ def _with_groups(predictions, panel):
     return predictions.join(rows, on=['date', 'code'], how='left', maintain_order='left')
 
 # %% ../nbs/04e_results.ipynb #_made_baselines
-def _made_baselines(panel, split, seed, folder, kinds):
-    "The baselines on the test days, of these kinds or of all"
-    return cached_baselines(panel, split, split.test, seed, folder, kinds)
+def _made_baselines(panel, split, run, folder, kinds):
+    "The baselines on the test days, of these kinds or of all; they may see the run's window"
+    lookback = run.get('lookback', LOOKBACK)
+    return cached_baselines(panel, split, split.test, run['seed'], folder, kinds, lookback)
 
 def _split(config, panel):
     "The days of a run, as its folder tells them"
@@ -178,7 +180,7 @@ def _load_fold(path, kinds):
         test = load_predictions(run.predictions(number)).filter(pl.col('split') == 'test')
         phases[f'{number} {metrics["name"]}'] = _with_groups(test, panel)
     run.ledger.write('test', digest.hexdigest()[:16])
-    made = _made_baselines(panel, _split(config, panel), config['run']['seed'], run.baselines, kinds)
+    made = _made_baselines(panel, _split(config, panel), config['run'], run.baselines, kinds)
     minutes = sum(m['minutes'] for m in finished.values())
     picture = run.attribution(max(finished))
     pictures = [picture] if picture.exists() else []
@@ -344,18 +346,24 @@ def _overfit(result, trades):
     net = [trades.daily[name]['net'].to_numpy() for name in names]
     return overfit_probability(np.stack(net, 1))
 
+# %% ../nbs/04e_results.ipynb #best_baseline
+def best_baseline(
+    rank_ics:dict[str, float|None], # name -> mean rank IC; None where it cannot be judged
+)->str:
+    "The baseline that sentences and tests set a run beside"
+    judged = {name: ic for name, ic in rank_ics.items() if ic is not None}
+    return max(judged or rank_ics, key=lambda name: rank_ics[name] or 0.)
+
 # %% ../nbs/04e_results.ipynb #_superior
 def _superior(result, ics):
-    "The best baseline on the days that all have, and Hansen's p value against it"
+    "The best baseline, as `verdict` names it, and Hansen's p value on what all are judged on"
     spoken = spoken_target(result.phases[result.last])
-    joined = None
-    for name in (*result.phases, *result.rivals):
-        one = one_target(ics[name], spoken).select('date', pl.col('rank_ic').alias(name))
-        joined = one if joined is None else joined.join(one, on='date')
-    joined = joined.drop_nulls().drop_nans()
+    tables = result.everything
+    names = (*result.phases, *result.rivals)
+    joined = common_ics({name: named(tables[name]) for name in names}, spoken).drop_nulls()
     others = [name for name in result.phases if joined[name].std()]
     if len(joined) < 40 or not result.rivals or not others: return None, None
-    best = max(result.rivals, key=lambda name: joined[name].mean())
+    best = best_baseline({n: one_target(ics[n], spoken)['rank_ic'].mean() for n in result.rivals})
     return best, superior_ability(joined[best].to_numpy(), joined.select(others).to_numpy())
 
 # %% ../nbs/04e_results.ipynb #doubts

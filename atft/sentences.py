@@ -6,11 +6,14 @@
 __all__ = ['same', 'alone', 'effect', 'said_number', 'said_step', 'said_rival', 'label', 'verdict', 'tried']
 
 # %% ../nbs/04g_sentences.ipynb #imports
+import math
+
 import polars as pl
 
 from .backtest import metric
 from .reports import with_interval
-from .results import Frames, RunResult, Trades, deflated, one_target, spoken_target, trade
+from .results import (
+    Frames, RunResult, Trades, best_baseline, deflated, one_target, spoken_target, trade)
 
 # %% ../nbs/04g_sentences.ipynb #alone
 def same(
@@ -42,11 +45,17 @@ def said_number(
     "A difference with its interval"
     return with_interval(row['difference'], row['low'], row['high'])
 
+def _said_loss(row):
+    "How much a difference below zero takes away, without its sign"
+    return with_interval(-row['difference'], -row['high'], -row['low'], '.4f')
+
 def _not_among(row, family):
     "Why a difference that its own interval shows is no claim"
     if row['holm'] is None: return 'but not corrected for other comparisons'
     p = f'{row["holm"]:.2f}' if row['holm'] >= .1 else f'{row["holm"]:.3f}'
-    return f'but not among {family} comparisons (Holm p = {p.removeprefix("0")})'
+    p = p.removeprefix('0')
+    if family == 1: return f'but with a p value of {p}'
+    return f'but not among {family} comparisons (Holm p = {p})'
 
 # %% ../nbs/04g_sentences.ipynb #said_step
 def said_step(
@@ -58,9 +67,9 @@ def said_step(
     if side is None: return 'cannot be compared: too few days'
     if same(row): return 'kept the weights it was given'
     if side == 0: return f'makes no measurable difference: {said_number(row)}'
-    if effect(row): return f'{"adds" if side > 0 else "takes away"} {said_number(row)}'
-    would = 'would add' if side > 0 else 'would take away'
-    return f'asked alone {would} {said_number(row)}, {_not_among(row, family)}'
+    what = f'add {said_number(row)}' if side > 0 else f'take away {_said_loss(row)}'
+    if not effect(row): return f'asked alone would {what}, {_not_among(row, family)}'
+    return what.replace('add ', 'adds ').replace('take ', 'takes ')
 
 # %% ../nbs/04g_sentences.ipynb #said_rival
 def said_rival(
@@ -98,8 +107,10 @@ def _clear(row):
     "Where the rank IC's interval lies"
     if row['high'] < 0: return 'below zero'
     if row['low'] <= 0: return 'not distinguishable from zero'
-    bar = '' if abs(row['t']) > 3 else ', below the bar of 3 for calling a signal new'
-    return f'clear of zero (t = {row["t"]:.1f}{bar})'
+    if row['t'] is None: return 'clear of zero'
+    if row['t'] > 3: return f'clear of zero (t = {row["t"]:.1f})'
+    t = math.floor(row['t']*10)/10  # 2.96 is not 3.0
+    return f'clear of zero (t = {t:.1f}, below the bar of 3 for calling a signal new)'
 
 # %% ../nbs/04g_sentences.ipynb #_said_rank
 def _said_rank(name, rows, what):
@@ -118,9 +129,8 @@ def _said_place(result, rows, differences, family):
     "The last phase beside the baseline that ranks best"
     rivals = [d for d in differences if d['a'] in result.baselines]
     if not rivals: return 'It was not set beside a baseline'
-    judged = [d for d in rivals if rows[d['a']]['rank_ic'] is not None]
-    best = max(judged or rivals[:1], key=lambda d: rows[d['a']]['rank_ic'] or 0.)
-    return said_rival(best, family)
+    best = best_baseline({d['a']: rows[d['a']]['rank_ic'] for d in rivals})
+    return said_rival(next(d for d in rivals if d['a'] == best), family)
 
 def _said_profit(result, trades):
     "What is left of it after costs"
@@ -129,8 +139,9 @@ def _said_profit(result, trades):
     trials = max(result.trials, 1)
     luck = deflated(trades.daily[result.last], trials)
     if luck is None: return f'after {trades.cost} its daily {trades.how} never trades'
+    above = f'what the best of {trials} worthless trials would show' if trials > 1 else 'zero'
     return (f'after {trades.cost} its daily {trades.how} has a Sharpe ratio of {sharpe}, above '
-            f'what the best of {trials} worthless trials would show with probability {luck:.2f}')
+            f'{above} with probability {luck:.2f}')
 
 # %% ../nbs/04g_sentences.ipynb #verdict
 def verdict(
@@ -179,7 +190,7 @@ def _said_luck(result, trades):
     luck = trades.luck
     sharpe = metric(trades.net[result.last], 'sharpe')[0]
     as_high = int((luck >= sharpe).sum())
-    return (f'Of {len(luck)} portfolios that trade the same predictions with the codes shuffled, '
+    return (f'Of {len(luck)} portfolios that trade the same on the returns of shuffled codes, '
             f'{as_high} have a Sharpe ratio at least as high ({sharpe:.2f} against '
             f'{luck.min():.2f} to {luck.max():.2f}).')
 
@@ -197,8 +208,8 @@ def tried(
                    'choosing works; 50%: it is worthless; phases that are the same count as a '
                    'draw).')
     if doubts.superior is not None:
-        out.append("Hansen's test of superior predictive ability: that no phase is better than "
-                   f'{doubts.rival} {_ahead(frames.spoken)[1]} has a p value of '
-                   f'{doubts.superior:.3f}.')
+        out.append("Hansen's test of superior predictive ability, on the days and codes that all "
+                   f'are judged on: that no phase is better than {doubts.rival} '
+                   f'{_ahead(frames.spoken)[1]} has a p value of {doubts.superior:.3f}.')
     if not frames.trades.why: out.append(_said_luck(result, frames.trades))
     return out

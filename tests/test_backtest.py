@@ -7,11 +7,12 @@ import polars as pl
 import pytest
 
 from atft.backtest import (
-    METRICS, Trading, TradingWarning, backtest, metric, performance, random_portfolios,
+    METRICS, Trading, TradingWarning, _luck, backtest, metric, performance, random_portfolios,
     target_weights, traded)
 from atft.core import AtftError
 from atft.intake import Reading, take
 from atft.predictions import dense, load_predictions
+from atft.prices import market_of
 
 
 def made(codes=20, days=60, seed=0, horizon=1, every=None):
@@ -280,3 +281,84 @@ def test_a_daily_table_is_traded_daily_and_nothing_is_held_over_a_long_gap():
 def test_rare_days_without_prices_are_said():
     assert 'taken for a session' in traded(made(days=60, every=7)).facts.notes[0]
     assert traded(made(days=60)).facts.notes == ()
+
+
+def test_business_days_have_their_year_also_where_predictions_are_weekly():
+    prices, predictions, close, drift, at = weekly(days=400)
+    daily = traded(predictions, 5, prices=prices, spread_bps=0.).daily
+    order = drift[at].argsort(1)
+    earned = close[at+5]/close[at]-1
+    held = np.mean([e[o[-3:]].mean()/2-e[o[:3]].mean()/2 for e, o in zip(earned, order)])
+    shown = metric(performance(daily, draws=0), 'return')[0]
+    assert shown == pytest.approx(held*252/5, rel=.06)  # and 261 without holidays
+
+
+RISING = np.array([.01, 0, .02, .005]*15)
+
+
+@pytest.mark.parametrize('losses, bound', [(0, np.inf), (1, np.inf), (30, None)])
+def test_without_a_losing_day_ratios_to_losses_have_no_bound(losses, bound):
+    net = RISING.copy()
+    net[:losses] = -.004
+    table = pl.DataFrame(dict(gross=net, net=net, turnover=.1))
+    found = performance(table, sessions_a_year=252)
+    for name in ('sortino', 'calmar', 'omega'):
+        value, low, high = metric(found, name)
+        assert np.isinf(value) == (losses == 0) and low <= value <= high
+        assert (high == np.inf) == (bound is not None), name
+    assert all(np.isfinite(metric(found, 'sharpe')))
+    assert metric(performance(table.with_columns(net=pl.lit(0.)), sessions_a_year=252), 'omega')[0] == 0
+
+
+def turning_over(share=.5, days=120, codes=40):
+    "Predictions of a universe whose first half makes way for the second, and prices of it"
+    p = made(codes, days)
+    middle = p['date'].unique().sort()[int(share*days)]
+    is_old = pl.col('code') < f'C{codes//2:03d}'
+    return p.filter(is_old == (pl.col('date') < middle))
+
+
+@pytest.mark.parametrize('with_prices', [False, True])
+@pytest.mark.parametrize('horizon', [1, 5])
+def test_shuffled_portfolios_trade_as_much_where_the_universe_turns_over(horizon, with_prices):
+    p = turning_over()
+    later = p.with_columns(horizon=pl.lit(horizon, pl.Int32))
+    if horizon > 1: p = pl.concat([p, later])
+    quotes = priced(later) if with_prices else None
+    if with_prices: quotes = quotes.join(later.select('date', 'code'), on=['date', 'code'])
+    p = load_predictions(p)
+    chosen = dense(p, horizon)
+    market = market_of(chosen, p, Trading(), quotes)
+    ours = traded(p, horizon, prices=quotes).daily['turnover'].mean()
+    weights = target_weights(chosen.prediction, Trading(), horizon).numpy()
+    for seed in range(5):
+        luck = _luck(weights, market, Trading(), np.random.default_rng(seed))
+        assert luck['turnover'].mean() == pytest.approx(ours, rel=.02)
+    assert len(set(random_portfolios(p, horizon, count=4, prices=quotes))) == 4
+
+
+def test_shuffled_portfolios_know_nothing_of_delistings():
+    "Who never holds what is delisted does not lend that knowledge to luck"
+    p = made(40, 80)
+    is_gone = pl.col('code') < 'C010'
+    end = p['date'].unique().sort()[60]
+    p = p.filter(~is_gone | (pl.col('date') < end)).with_columns(
+        prediction=pl.when(is_gone).then(-99.).otherwise('prediction'))
+    prices = priced(p).join(p.select('date', 'code'), on=['date', 'code'])
+    terms = dict(side='long', spread_bps=0.)
+    costly = dict(delisting=-.9, **terms)
+    assert traded(p, prices=prices, **terms).daily.equals(traded(p, prices=prices, **costly).daily)
+    free, dear = [random_portfolios(p, count=8, prices=prices, trading=Trading(**each))
+                  for each in (terms, costly)]
+    assert (dear < free).any()
+
+
+def test_a_delisting_return_needs_prices_as_impact_does():
+    p = made()
+    for terms in (dict(delisting=-.3), dict(impact=1.)):
+        with pytest.raises(AtftError, match='price') as refused:
+            backtest(p, **terms)
+        assert '\n' not in str(refused.value)
+        with pytest.raises(AtftError, match='price'):
+            random_portfolios(p, count=2, trading=Trading(**terms))
+    assert len(backtest(p, prices=priced(p), delisting=-.3)) == 59

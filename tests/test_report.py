@@ -11,7 +11,8 @@ import polars as pl
 import pytest
 
 from atft import eval as report
-from atft.backtest import Trading
+from atft import sentences
+from atft.backtest import Trading, performance
 from atft.baselines import past_return
 from atft.core import AtftError
 from atft.data import write_panel
@@ -42,8 +43,8 @@ STEPS = [
                     'but not among 36 comparisons (Holm p = .052)'),
     (row(UP, None), 'asked alone would add +0.0089 [+0.0031, +0.0148], '
                     'but not corrected for other comparisons'),
-    (row(DOWN, .01), 'takes away -0.0042 [-0.0070, -0.0014]'),
-    (row(DOWN), 'asked alone would take away -0.0042 [-0.0070, -0.0014], '
+    (row(DOWN, .01), 'takes away 0.0042 [0.0014, 0.0070]'),
+    (row(DOWN), 'asked alone would take away 0.0042 [0.0014, 0.0070], '
                 'but not among 36 comparisons (Holm p = .11)'),
     (row(LEVEL, 1.), 'makes no measurable difference: +0.0004 [-0.0010, +0.0018]'),
     (row(SAME), 'kept the weights it was given'),
@@ -80,6 +81,17 @@ def test_no_sentence_contradicts_the_interval_beside_it():
             assert len(unclear) == (0 if alone(one) else 2)
             claims = [s for s in said if re.search('^adds|^takes away|is ahead of', s)]
             assert bool(claims) == (alone(one) != 0 and effect(one) is not None)
+
+
+def test_one_comparison_is_not_said_to_be_among_others():
+    for said in (said_step(row(UP), 1), said_rival(row(UP), 1)):
+        assert 'comparisons' not in said and said.endswith('but with a p value of .11')
+
+
+def test_a_t_below_the_bar_is_not_rounded_to_it():
+    shown = dict(rank_ic=.04, low=.01, high=.07, days=250)
+    assert '(t = 2.9, below the bar of 3' in sentences._clear(shown | dict(t=2.97))
+    assert sentences._clear(shown | dict(t=3.01)) == 'clear of zero (t = 3.0)'
 
 
 def test_a_table_is_bold_by_the_rule_of_the_sentences():
@@ -165,6 +177,7 @@ def test_a_trading_of_ones_own_is_what_the_report_counts(run, tmp_path):
     assert 'after 0 bp its daily long-short' in cheap and 'Traded as Trading(' in cheap
     assert 'after 50 bp its daily long-short' in dear and '-p cost_bps 50' in dear
     assert '| lightgbm |' not in cheap
+    assert 'are fitted on the day and on the window that the network reads' in cheap
 
 
 def test_a_cost_of_ones_own_is_not_drawn_at_other_spreads(result):
@@ -185,6 +198,21 @@ def test_a_report_says_its_data_its_year_and_compounded_returns(run, tmp_path):
         shown = re.findall(r'[+-][\d.]+(?=%)', line.split('|')[column])
         assert shown and all(float(number) >= -100 for number in shown), line
     assert 'have no known return and earn nothing' in text
+    assert ' Calmar of the arithmetic mean ' in head and ' Sharpe net of 10 bp ' in head
+
+
+def test_a_report_says_what_the_baselines_are_fitted_on(result):
+    said = report._fitted_on(result)
+    assert re.search('ridge is fitted on the (day|window of 20 sessions) for ', said[0])
+    assert report._fitted_on(result._replace(baselines={})) == []
+
+
+def test_a_ratio_without_a_losing_day_is_unbounded_in_the_table():
+    rises = np.random.default_rng(0).uniform(.001, .01, 60)
+    net = performance(pl.DataFrame(dict(gross=rises, net=rises, turnover=.1)), sessions_a_year=252)
+    cells = report._backtest_row('x', net, net)
+    assert cells.count('unbounded [unbounded, unbounded]') == 3  # Sortino, Calmar, Omega
+    assert not any('inf' in str(cell) for cell in cells)
 
 
 def test_findings_of_a_panel_are_printed_with_the_data(result):
