@@ -13,7 +13,7 @@ import numpy as np
 import polars as pl
 import torch
 
-from .core import AtftError
+from .core import AtftError, is_number, is_whole
 from .correlation import rank_ic
 from .intervals import (
     PERSISTENT, apart, bootstrap_interval, holm, mean_interval, persistence)
@@ -120,6 +120,10 @@ def evaluate(
     level:float=.95,  # of low and high
 )->pl.DataFrame: # a row per target
     "Rank IC of each target and how sure it is; what cannot be said is null, and `note` says why"
+    if not is_whole(draws) or draws < 0:
+        raise AtftError(f'evaluate: draws={draws!r} must be 0 or more')
+    if not is_number(level) or not 0 < level < 1:
+        raise AtftError(f'evaluate: level={level!r} must lie between 0 and 1, as .95 does')
     table = load_predictions(predictions)
     rows = []
     for (horizon, name), daily in daily_ic(table).group_by(_TARGET, maintain_order=True):
@@ -304,12 +308,18 @@ def _names_for(tables, names):
     if names is None: return _LETTERS[:len(tables)]
     if len(names) != len(tables):
         raise AtftError(f'compare: {len(tables)} tables with {len(names)} names; give each one')
+    twice = [name for name in names if list(names).count(name) > 1]
+    if twice:
+        raise AtftError(f'compare: two tables are called {twice[0]!r}; give each a name of its own')
     return tuple(names)
+
+_FIRST = ('target_name', 'a', 'b', 'difference')
+_LAST = ('low', 'high', 'holm', 'days')
 
 def compare(
     *predictions,         # two or more tables; each is compared with the one before it
     names:tuple[str, ...]|None=None, # what to call them
-)->pl.DataFrame: # horizon, target_name, a, b, difference (b - a), low, high, p, holm, t, days
+)->pl.DataFrame: # target_name, a, b, difference (b - a), horizon, p, t, low, high, holm, days
     "Paired differences of daily rank IC, on the rows that both are judged on, with 95% intervals"
     if len(predictions) < 2:
         raise AtftError(f'compare: {len(predictions)} table given; give at least two')
@@ -319,7 +329,8 @@ def compare(
     for i in range(len(names)-1):
         rows += _differences(tables[i], tables[i+1], names[i:i+2])
     numbers = {column: pl.Float64 for column in ('difference', 'low', 'high', 'p', 't')}
-    return with_holm(pl.DataFrame(rows, schema_overrides=numbers).fill_nan(None))
+    found = with_holm(pl.DataFrame(rows, schema_overrides=numbers).fill_nan(None))
+    return found.select(*_FIRST, pl.exclude(*_FIRST, *_LAST), *_LAST)
 
 # %% ../nbs/04b_judge.ipynb #common_ics
 def common_ics(
