@@ -175,7 +175,8 @@ def count_tried(
     told:int|None=None,      # tries that no ledger knows
 )->Tried:
     "How many things were tried on the test days of some run folders"
-    if told is not None and (not is_whole(told) or told < 0):
+    is_count = isinstance(told, int) and not isinstance(told, bool) and told >= 0
+    if told is not None and not is_count:
         raise AtftError(f'tried={told!r} must be a whole number of at least 0: how many things '
                         'were tried that no ledger knows')
     own = max(folder.ledger.count('trial') for folder in folders)  # phases of folds are one choice
