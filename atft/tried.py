@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from .core import AtftError, is_whole
+from .core import AtftError
 from .ledger import Ledger
 from .runs import FREE, RunFolder
 
