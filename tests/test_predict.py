@@ -49,11 +49,15 @@ def made(bars, out): return bars_panel(bars, out=out, cache=out.parent/'cache', 
 def runs(folder, bars, days):
     "Two seeds that were trained while the market had 324 days"
     made(until(bars, days[323]), folder/'panel')
+    (folder/'bars').mkdir()
+    until(bars, days[323]).write_parquet(folder/'bars/until.parquet')
+    sources = folder/'panel', folder/'bars'  # the same panel, read and made
     with pytest.MonkeyPatch.context() as patched:  # pictures take three quarters of so small a phase
+        patched.chdir(folder)
         patched.setattr(phases, 'attribution', lambda *_: None)
         patched.setattr(phases, 'save_figure', lambda *_: None)
         for seed in (0, 1):
-            told = dict(valid=str(days[280]), test=str(days[310]), seed=seed, data=str(folder/'panel'))
+            told = dict(valid=str(days[280]), test=str(days[310]), seed=seed, data=str(sources[seed]))
             spec = RunSpec(**TINY | told, run_dir=str(folder/f'runs/seed_{seed}'))
             run_phases(spec, show=False)
     return folder/'runs'
@@ -104,6 +108,14 @@ def test_a_panel_that_was_carried_on_ranks_as_one_that_was_made_of_all_bars(runs
     before = made(until(bars, days[325]), folder/'before')  # what came later moves nothing
     early = rank_today(runs/'seed_0', date=days[325], data=before.folder)
     assert early.table.equals(rank_today(runs/'seed_0', date=days[325], data=grown.folder).table)
+
+
+def test_a_folder_of_bars_gets_one_file_more(runs, grown, folder, bars, days, monkeypatch):
+    monkeypatch.chdir(folder)
+    bars.filter(pl.col('date') > days[323]).write_parquet(folder/'bars/later.parquet')
+    found = rank_today(runs/'seed_1')
+    assert found.date == days[329] and found.facts['data']['new_days'] == 6
+    assert found.table.equals(rank_today(runs/'seed_1', data=grown.folder).table)
 
 
 def other_price(bars, days):
