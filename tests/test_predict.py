@@ -1,11 +1,13 @@
 "A run ranks the codes of a day that came later, and refuses data that is not its own with more days"
 import json
+import shlex
 import shutil
 from datetime import timedelta
 
 import numpy as np
 import polars as pl
 import pytest
+from conftest import ROOT
 
 from atft import phases
 from atft.backtest import Trading, target_weights
@@ -16,7 +18,7 @@ from atft.longer import append_bars
 from atft.market import synthetic_market
 from atft.panel import Panel, write_panel
 from atft.phases import RunFolder, RunSpec, run_phases
-from atft.predict import main, mean_of_ranks, rank_today, write_today
+from atft.predict import _read_line, main, mean_of_ranks, rank_today, write_today
 from atft.predictions import dense, load_predictions
 
 KEYS = ['date', 'code', 'horizon', 'target_name']
@@ -251,3 +253,18 @@ def test_what_cannot_be_meant_is_one_line(runs, folder, more, says, monkeypatch)
     line = ['--run-dir', 'runs/seed_0', '--out', 'never.csv', *more]
     with pytest.raises(SystemExit, match=says) as stopped: main(line)
     assert '\n' not in str(stopped.value) and not (folder/'never.csv').exists()
+
+
+def test_the_line_of_the_morning_works_as_it_stands(runs, grown, folder, days, monkeypatch, capsys):
+    page = (ROOT/'nbs/morning.md').read_text()
+    lines = [shlex.split(line)[3:] for line in page.splitlines() if line.startswith('python -m atft.predict')]
+    assert [_read_line(line)['run_dir'] for line in lines] == ['runs/market']
+    monkeypatch.chdir(folder)
+    shutil.copytree('runs/seed_0', 'market/runs/market')
+    monkeypatch.chdir(folder/'market')
+    pl.DataFrame(dict(code=grown.codes[:1], weight=[.1])).write_csv('held.csv')
+    main([*lines[0], '--data', str(grown.folder)])
+    said = capsys.readouterr().out.splitlines()
+    assert f'codes on {days[329]}, by phase 1 of runs/market' in said[0] and '6 days of the data came' in said[1]
+    assert said[-1].startswith(f'archive/{days[329]}.parquet, and what')
+    assert {'held', 'trade'} <= set(pl.read_parquet(f'archive/{days[329]}.parquet').columns)
