@@ -101,7 +101,7 @@ def _scaler(state):
 def _reopened(run, panel, number, graph=None):
     "What the phases of a run shared, without fitting anything again; and a checkpoint"
     state = load_checkpoint(run.best(number))
-    spec = run.run()
+    spec = replace(run.run(), num_workers=0)  # a few days are read sooner than processes start
     graphs = GraphCache(project_root()/'runs/cache/graphs', graph or _our_graph(spec, panel))
     sizes = replace(
         spec.network, features=len(panel.spec.features), horizons=len(panel.spec.targets),

@@ -1,11 +1,13 @@
 "A run ranks the codes of a day that came later, and refuses data that is not its own with more days"
 import json
+import shlex
 import shutil
 from datetime import timedelta
 
 import numpy as np
 import polars as pl
 import pytest
+from conftest import ROOT
 
 from atft import phases
 from atft.backtest import Trading, target_weights
@@ -16,7 +18,7 @@ from atft.longer import append_bars
 from atft.market import synthetic_market
 from atft.panel import Panel, write_panel
 from atft.phases import RunFolder, RunSpec, run_phases
-from atft.predict import main, mean_of_ranks, rank_today, write_today
+from atft.predict import _read_line, main, mean_of_ranks, rank_today, write_today
 from atft.predictions import dense, load_predictions
 
 KEYS = ['date', 'code', 'horizon', 'target_name']
@@ -49,11 +51,15 @@ def made(bars, out): return bars_panel(bars, out=out, cache=out.parent/'cache', 
 def runs(folder, bars, days):
     "Two seeds that were trained while the market had 324 days"
     made(until(bars, days[323]), folder/'panel')
+    (folder/'bars').mkdir()
+    until(bars, days[323]).write_parquet(folder/'bars/until.parquet')
+    sources = folder/'panel', folder/'bars'  # the same panel, read and made
     with pytest.MonkeyPatch.context() as patched:  # pictures take three quarters of so small a phase
+        patched.chdir(folder)
         patched.setattr(phases, 'attribution', lambda *_: None)
         patched.setattr(phases, 'save_figure', lambda *_: None)
         for seed in (0, 1):
-            told = dict(valid=str(days[280]), test=str(days[310]), seed=seed, data=str(folder/'panel'))
+            told = dict(valid=str(days[280]), test=str(days[310]), seed=seed, data=str(sources[seed]))
             spec = RunSpec(**TINY | told, run_dir=str(folder/f'runs/seed_{seed}'))
             run_phases(spec, show=False)
     return folder/'runs'
@@ -104,6 +110,14 @@ def test_a_panel_that_was_carried_on_ranks_as_one_that_was_made_of_all_bars(runs
     before = made(until(bars, days[325]), folder/'before')  # what came later moves nothing
     early = rank_today(runs/'seed_0', date=days[325], data=before.folder)
     assert early.table.equals(rank_today(runs/'seed_0', date=days[325], data=grown.folder).table)
+
+
+def test_a_folder_of_bars_gets_one_file_more(runs, grown, folder, bars, days, monkeypatch):
+    monkeypatch.chdir(folder)
+    bars.filter(pl.col('date') > days[323]).write_parquet(folder/'bars/later.parquet')
+    found = rank_today(runs/'seed_1')
+    assert found.date == days[329] and found.facts['data']['new_days'] == 6
+    assert found.table.equals(rank_today(runs/'seed_1', data=grown.folder).table)
 
 
 def other_price(bars, days):
@@ -239,3 +253,18 @@ def test_what_cannot_be_meant_is_one_line(runs, folder, more, says, monkeypatch)
     line = ['--run-dir', 'runs/seed_0', '--out', 'never.csv', *more]
     with pytest.raises(SystemExit, match=says) as stopped: main(line)
     assert '\n' not in str(stopped.value) and not (folder/'never.csv').exists()
+
+
+def test_the_line_of_the_morning_works_as_it_stands(runs, grown, folder, days, monkeypatch, capsys):
+    page = (ROOT/'nbs/morning.md').read_text()
+    lines = [shlex.split(line)[3:] for line in page.splitlines() if line.startswith('python -m atft.predict')]
+    assert [_read_line(line)['run_dir'] for line in lines] == ['runs/market']
+    monkeypatch.chdir(folder)
+    shutil.copytree('runs/seed_0', 'market/runs/market')
+    monkeypatch.chdir(folder/'market')
+    pl.DataFrame(dict(code=grown.codes[:1], weight=[.1])).write_csv('held.csv')
+    main([*lines[0], '--data', str(grown.folder)])
+    said = capsys.readouterr().out.splitlines()
+    assert f'codes on {days[329]}, by phase 1 of runs/market' in said[0] and '6 days of the data came' in said[1]
+    assert said[-1].startswith(f'archive/{days[329]}.parquet, and what')
+    assert {'held', 'trade'} <= set(pl.read_parquet(f'archive/{days[329]}.parquet').columns)
