@@ -12,6 +12,7 @@ import time
 from concurrent.futures import BrokenExecutor, Future
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -228,34 +229,32 @@ def start(walk, workers):
     return subprocess.Popen(list(map(str, typed)), stderr=subprocess.PIPE, text=True)
 
 
-def owner_of_a_run(folder, patience=300):
-    "The process that trains in a run folder below, as soon as there is one"
+def owners(folder):
+    "The living processes that train in run folders below"
+    told = [re.match(r'process (\d+) on', lock.read_text())
+            for lock in Path(folder).glob('*/seed_*/run.lock')]
+    return [int(one[1]) for one in told if one and Path(f'/proc/{one[1]}').exists()]
+
+
+def waited(ask, patience=300):
+    "The first answer that is something"
     until = time.monotonic()+patience
     while time.monotonic() < until:
-        for lock in Path(folder).glob('*/seed_*/run.lock'):
-            told = re.match(r'process (\d+) on', lock.read_text())
-            if told and Path(f'/proc/{told[1]}').exists(): return int(told[1])
+        answer = ask()
+        if answer: return answer
         time.sleep(.02)
-    raise AssertionError('nothing was trained')
-
-
-def is_gone(process, patience=60):
-    until = time.monotonic()+patience
-    while time.monotonic() < until:
-        if not Path(f'/proc/{process}').exists(): return True
-        time.sleep(.1)
-    return False
+    raise AssertionError(f'{ask} came to nothing')
 
 
 def test_a_walk_is_killed_stopped_and_goes_on(market, walked, tmp_path):
     walk = walk_to(market, tmp_path/'walk')
     killed = start(walk, 2)
-    worker = owner_of_a_run(walk.folder)
+    waited(partial(owners, walk.folder))
     killed.kill()
     killed.communicate()
-    assert is_gone(worker), 'a worker outlives the one that it works for'
+    waited(lambda: not owners(walk.folder))  # no worker outlives the one that it works for
     stopped = start(walk, 2)
-    owner_of_a_run(walk.folder)
+    waited(partial(owners, walk.folder))
     stopped.send_signal(signal.SIGTERM)
     text = stopped.communicate(timeout=120)[1]
     assert stopped.returncode == 128+signal.SIGTERM, text
@@ -326,7 +325,7 @@ def test_a_cluster_loses_a_worker_and_nothing_else(market, walked, tmp_path, two
     killed = []
 
     def kill_a_worker():
-        killed.append(owner_of_a_run(walk.folder))
+        killed.extend(waited(partial(owners, walk.folder)))
         os.kill(killed[0], signal.SIGKILL)
 
     killer = threading.Thread(target=kill_a_worker)
