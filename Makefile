@@ -1,6 +1,6 @@
 # The two commands: `make run` and `make test`. Each makes its own environment if there is none.
 .DEFAULT_GOAL := help
-.PHONY: help run test report hpo-run bench ablation chains kills lint lab docs export env
+.PHONY: help run test report walk-forward hpo-run bench ablation chains kills lint lab docs export env
 SHELL := /bin/bash
 BIN := .venv/bin
 EPOCHS ?= 3
@@ -33,6 +33,11 @@ test: env ## run every test: the notebooks, then tests/ (DATA=folder of market d
 
 report: env ## write the evaluation report of a run: make report RUN=runs/NAME
 	$(BIN)/papermill nbs/04_eval.ipynb -p run_dir $(RUN)
+
+SEEDS ?= 0
+YEARS ?=
+walk-forward: env ## train every year (YEARS=2013-2017) by every seed (SEEDS=0,1,2) and report on all of it; killed, it goes on (DATA=folder)
+	$(BIN)/python -m atft.folds --min-train 200 --seeds $(SEEDS) --max-epochs $(EPOCHS) $(if $(YEARS),--test-years $(YEARS)) $(if $(DATA),--data $(abspath $(DATA)) --run-dir runs/walk-$(notdir $(abspath $(DATA))))
 
 TRIALS ?= 20
 hpo-run: env ## search over the phase table on the embedded market, or on DATA=folder; killed, it goes on; writes reports/hpo_summary_YYYYMMDD.md

@@ -14,6 +14,7 @@ setup(
     long_description_content_type='text/markdown',
     packages=['atft'], python_requires=f">={cfg['min_python']}",
     install_requires=cfg['requirements'].split(),
-    extras_require={'dev': cfg['dev_requirements'].split()},
+    extras_require={
+        'dev': cfg['dev_requirements'].split(), 'cluster': cfg['cluster_requirements'].split()},
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': ['atft=atft._modidx:d']},
 )

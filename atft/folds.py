@@ -54,7 +54,7 @@ class Walk:
     workers:int|None = None    # trainings at a time here; None: as cores and memory allow
     scheduler:str|None = None  # address of a dask scheduler: tcp://HOST:8786
     slurm:bool = False         # hand the trainings to Slurm
-    slurm_options:str = ''     # what submitit asks for: slurm_partition=gpu,mem_gb=16
+    slurm_options:str = ''     # for submitit: names and values with an equals sign, commas between
     report_dir:str|None = None # where folds_YYYYMMDD.md goes; None: the folder of the folds
 
     def __post_init__(self): _check_walk(self)

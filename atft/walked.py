@@ -72,8 +72,8 @@ def _result_of(results, phases):
     each = list(results.values())
     return each[0]._replace(
         phases=phases, configs=[config for one in each for config in one.configs],
-        minutes=sum(one.minutes for one in each), trials=sum(one.trials for one in each),
-        looks=sum(one.looks for one in each))
+        minutes=sum(one.minutes for one in each), looks=sum(one.looks for one in each),
+        trials=max(one.trials for one in each))  # seeds are averaged: none of them is chosen
 
 def gather(
     walk, # a `Walk`

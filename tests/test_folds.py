@@ -9,25 +9,31 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import BrokenExecutor, Future
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atft.checkpoint import Stopped
 from atft.core import AtftError
 from atft.ensembles import blend_weights, blended, ensemble
-from atft.folds import Walk, fold_run, folds_of, jobs_of, main, read_walk, train_folds, walk_line
+from atft.folds import (
+    OPTIONS, PARAMETERS, Walk, fold_run, folds_of, jobs_of, main, read_walk, train_folds, walk_line)
 from atft.inference import split_of
 from atft.jobs import (
-    Job, Outcome, chosen_epochs, dask_cluster, here, is_whole, processes, run_jobs, slurm_queue)
+    Engine, Here, Job, Outcome, chosen_epochs, dask_cluster, here, is_whole, processes, run_jobs,
+    slurm_queue)
 from atft.market import MarketSpec, embedded_panel
 from atft.runs import RunFolder
-from atft.specs import RunSpec
+from atft.specs import RunSpec, parameters_cell
 from atft.walked import gather, spread, write_report
 
 SIZES = dict(phase='0', max_epochs=1, hidden=8, lookback=8, embargo=5)
@@ -154,12 +160,11 @@ def test_the_report_judges_seeds_folds_and_ensemble(market, walked, tmp_path):
     spreads = spread(found.alone, found.result.phases['0 baseline'])
     assert (spreads['lowest'] <= spreads['mean']).all() and (spreads['deviation'] > 0).all()
     told = replace(walk, report_dir=str(tmp_path), blend='reversal_1d')
-    texts = [write_report(told, folds, market, 'typed', kinds).read_text() for _ in range(2)]
-    assert texts[0] == texts[1]
+    text = write_report(told, folds, market, 'typed', kinds).read_text()
     for part in ('## Folds', '## Seeds', '| seed 1 |', '| their ensemble |', 'seed | 0, 1 |',
                  'blend with reversal_1d'):
-        assert part in texts[0], part
-    assert 'One seed' not in texts[0]
+        assert part in text, part
+    assert 'One seed' not in text
 
 
 def test_a_blend_is_weighed_on_validation_days_alone(market, walked, tmp_path):
@@ -193,8 +198,7 @@ def test_the_line_of_a_report_is_the_same_walk(market, walked):
 
 
 def test_a_warm_start_and_a_refit_take_what_validation_chose(market, tmp_path):
-    walk = walk_to(market, tmp_path/'warm', seeds='3', stride=30, warm_start=True, refit=True,
-                   min_train=185)
+    walk = walk_to(market, tmp_path/'warm', seeds='3', stride=30, warm_start=True, refit=True)
     folds = train_folds(walk, market, tell=quiet)
     first, second, *refits = [RunFolder(job.run.run_dir) for job in jobs_of(walk, folds, market)]
     assert second.read_metrics(0)['start']['weights'] == first.read_metrics(0)['weights']
@@ -225,34 +229,32 @@ def start(walk, workers):
     return subprocess.Popen(list(map(str, typed)), stderr=subprocess.PIPE, text=True)
 
 
-def owner_of_a_run(folder, patience=90):
-    "The process that trains in a run folder below, as soon as there is one"
+def owners(folder):
+    "The living processes that train in run folders below"
+    told = [re.match(r'process (\d+) on', lock.read_text())
+            for lock in Path(folder).glob('*/seed_*/run.lock')]
+    return [int(one[1]) for one in told if one and Path(f'/proc/{one[1]}').exists()]
+
+
+def waited(ask, patience=300):
+    "The first answer that is something"
     until = time.monotonic()+patience
     while time.monotonic() < until:
-        for lock in Path(folder).glob('*/seed_*/run.lock'):
-            told = re.match(r'process (\d+) on', lock.read_text())
-            if told: return int(told[1])
+        answer = ask()
+        if answer: return answer
         time.sleep(.02)
-    raise AssertionError('nothing was trained')
-
-
-def is_gone(process, patience=60):
-    until = time.monotonic()+patience
-    while time.monotonic() < until:
-        if not Path(f'/proc/{process}').exists(): return True
-        time.sleep(.1)
-    return False
+    raise AssertionError(f'{ask} came to nothing')
 
 
 def test_a_walk_is_killed_stopped_and_goes_on(market, walked, tmp_path):
     walk = walk_to(market, tmp_path/'walk')
     killed = start(walk, 2)
-    worker = owner_of_a_run(walk.folder)
+    waited(partial(owners, walk.folder))
     killed.kill()
     killed.communicate()
-    assert is_gone(worker), 'a worker outlives the one that it works for'
+    waited(lambda: not owners(walk.folder))  # no worker outlives the one that it works for
     stopped = start(walk, 2)
-    owner_of_a_run(walk.folder)
+    waited(partial(owners, walk.folder))
     stopped.send_signal(signal.SIGTERM)
     text = stopped.communicate(timeout=120)[1]
     assert stopped.returncode == 128+signal.SIGTERM, text
@@ -263,9 +265,6 @@ def test_a_walk_is_killed_stopped_and_goes_on(market, walked, tmp_path):
     assert_same_bits(walk, walked)
 
 
-def die(job): os.kill(os.getpid(), signal.SIGKILL)
-
-
 def die_once(job):
     mark = Path(job.run.run_dir)
     if mark.exists(): return Outcome(job.name, 'trained')
@@ -273,12 +272,25 @@ def die_once(job):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_worker_that_is_killed_is_replaced_three_times(tmp_path):
+def test_a_worker_that_is_killed_is_replaced(tmp_path):
     jobs = [Job('one', RunSpec(run_dir=str(tmp_path/'one')))]
     found = run_jobs(jobs, processes(2), tell=quiet, function=die_once)
     assert found['one'].state == 'trained'
-    found = run_jobs(jobs, processes(2), tell=quiet, function=die)
-    assert found['one'].state == 'failed' and 'killed 3 times' in found['one'].reason
+
+
+class Deadly(Here):
+    "Every worker of it dies"
+    def submit(self, function, /, *args, **options):
+        future = Future()
+        future.set_exception(BrokenExecutor('killed'))
+        return future
+
+
+def test_a_job_whose_workers_die_is_given_up(tmp_path):
+    jobs = [Job('one', RunSpec()), Job('two', RunSpec(), after='one')]
+    found = run_jobs(jobs, Engine(lambda: nullcontext(Deadly()), 1), tell=quiet)
+    assert 'its worker was killed 3 times' in found['one'].reason
+    assert found['two'].reason == 'one came to nothing'
 
 
 def fail(job): raise ValueError('of its own')
@@ -313,7 +325,7 @@ def test_a_cluster_loses_a_worker_and_nothing_else(market, walked, tmp_path, two
     killed = []
 
     def kill_a_worker():
-        killed.append(owner_of_a_run(walk.folder))
+        killed.extend(waited(partial(owners, walk.folder)))
         os.kill(killed[0], signal.SIGKILL)
 
     killer = threading.Thread(target=kill_a_worker)
@@ -360,6 +372,13 @@ def test_what_cannot_be_meant_is_one_line(market, tmp_path, flags, says):
     with pytest.raises(SystemExit) as refused: main(shlex.split(f'{own} {flags}'))
     text = str(refused.value)
     assert says in text and '\n' not in text and text.startswith('atft_folds: '), text
+
+
+def test_the_cell_of_the_walk_is_made_of_the_records():
+    notebook = json.loads((ROOT/'nbs/05c_folds.ipynb').read_text())
+    cells = [c for c in notebook['cells'] if 'parameters' in c['metadata'].get('tags', [])]
+    made = parameters_cell(*PARAMETERS, *OPTIONS, **PARAMETERS)
+    assert ''.join(cells[0]['source']) == made
 
 
 def test_a_year_with_too_little_before_it_is_one_line(three_years):
