@@ -44,7 +44,7 @@ PILLARS = (
         '03e_checkpoint 03f_ledger 03g_inference 03h_phase_row 03i_callbacks 03j_grown'),
     _pillar('judging', 'rank IC ± 95%, costs,', 'baselines, the report',
         '04_eval 04a_predictions 04b_judge 04c_backtest 04d_baselines 04e_results '
-        '04f_pictures 04g_sentences 04h_prices 04i_trading 04j_predict 04k_holdings'),
+        '04f_pictures 04g_sentences 04h_prices 04i_trading 04j_predict 04l_holdings'),
     _pillar('using it', 'search, speed, what each', 'part adds, your own',
         '05_hpo 05a_study 05b_summary 06_bench 07_ablation 07a_gains 08_own_idea'),
 )
