@@ -186,13 +186,13 @@ def mean_of_ranks(
     "The forecast of an ensemble: of every day and target, the mean of its runs' ranks"
     if len(tables) == 1: return tables[0]
     group = ('date', 'target_name')
-    names = pl.col('prediction').count().over(group)
-    centred = pl.col('prediction').rank().over(group)-(names+1)/2  # exact: equal sums stay equal
-    ranked = [table.with_columns(prediction=centred) for table in tables]
+    rank = pl.col('prediction').rank().over(group)
+    ranked = [table.with_columns(prediction=rank) for table in tables]
     keys = ['date', 'code', 'horizon', 'target_name']
     together = pl.concat(ranked).group_by(keys, maintain_order=True)
-    means = together.agg(pl.col('prediction', 'q10', 'q50', 'q90').mean())
-    return means.with_columns(pl.col('prediction')/names)
+    # ranks are halves, so their sums are exact: what is level stays level
+    means = together.agg(pl.col('prediction').sum()/pl.len(), pl.col('q10', 'q50', 'q90').mean())
+    return means.with_columns((pl.col('prediction')-.5)/pl.col('prediction').count().over(group)-.5)
 
 # %% ../nbs/04j_predict.ipynb #distance_of
 def _shares(values, scaler):
