@@ -2,7 +2,7 @@
 import json
 import shlex
 import shutil
-from datetime import timedelta
+from datetime import date, timedelta
 
 import numpy as np
 import polars as pl
@@ -13,12 +13,13 @@ from atft import phases
 from atft.backtest import Trading, target_weights
 from atft.bars import bars_panel
 from atft.core import AtftError
+from atft.ensembles import ensemble
 from atft.grown import check_grown
 from atft.longer import append_bars
 from atft.market import synthetic_market
 from atft.panel import Panel, write_panel
 from atft.phases import RunFolder, RunSpec, run_phases
-from atft.predict import _read_line, main, mean_of_ranks, rank_today, write_today
+from atft.predict import _read_line, main, rank_today, write_today
 from atft.predictions import dense, load_predictions
 
 KEYS = ['date', 'code', 'horizon', 'target_name']
@@ -193,10 +194,11 @@ def test_an_ensemble_is_the_mean_of_the_ranks_of_its_runs(runs, days):
 def test_ranks_with_the_same_mean_are_tied():
     tables = []
     for order in ('ABC', 'BAC', 'BCA', 'CAB', 'CBA', 'ACB'):
-        table = pl.DataFrame(dict(date=1, code=list('ABC'), horizon=1, target_name='1d', q10=0., q50=0., q90=0.))
+        table = pl.DataFrame(dict(date=date(2024, 1, 2), code=list('ABC'), horizon=1,
+                                  target_name='1d', target=None))
         tables.append(table.with_columns(prediction=pl.col('code').replace_strict(
             {code: float(place) for place, code in enumerate(order)})))
-    assert mean_of_ranks(tables)['prediction'].to_list() == [0, 0, 0]
+    assert ensemble(tables)['prediction'].to_list() == [0, 0, 0]
 
 
 def test_runs_of_other_data_are_no_ensemble(runs, folder):
