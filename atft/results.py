@@ -227,7 +227,7 @@ def step_differences(
     found = []
     for a, b in tqdm(wanted, 'differences', leave=False, delay=1):
         found.append(compare(tables[a], tables[b], names=(a, b)))
-    if not found: return compare(*[tables[result.last]]*2, names=[result.last]*2).clear()
+    if not found: return compare(*[tables[result.last]]*2).clear()
     return named(with_holm(pl.concat(found)))
 
 # %% ../nbs/04e_results.ipynb #Trades
