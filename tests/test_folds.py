@@ -29,7 +29,7 @@ from atft.folds import (
     OPTIONS, PARAMETERS, Walk, fold_run, folds_of, jobs_of, main, read_walk, train_folds, walk_line)
 from atft.inference import split_of
 from atft.jobs import (
-    Engine, Here, Job, Outcome, chosen_epochs, dask_cluster, here, is_whole, processes, run_jobs,
+    Engine, Here, Job, Outcome, chosen_epochs, dask_cluster, here, is_trained, processes, run_jobs,
     slurm_queue)
 from atft.market import MarketSpec, embedded_panel
 from atft.runs import RunFolder
@@ -206,9 +206,9 @@ def test_a_warm_start_and_a_refit_take_what_validation_chose(market, tmp_path):
         found = refit.read_metrics(0)
         assert len(found['epochs'])-1 == found['best_epoch'] == chosen_epochs(chooser.path)[0]
     warm = jobs_of(walk, folds, market)[1]
-    assert is_whole(warm)
+    assert is_trained(warm)
     first.metrics_path(0).write_text(json.dumps(first.read_metrics(0) | dict(weights='others')))
-    assert not is_whole(warm), 'the fold before has other weights now'
+    assert not is_trained(warm), 'the fold before has other weights now'
 
 
 WALK = '''
