@@ -7,6 +7,7 @@ __all__ = ['PILLARS', 'ROAD', 'Pillar', 'plot_road', 'road_svg', 'plot_style', '
            'check_parameters', 'default_output', 'papermill_main', 'site_links']
 
 # %% ../nbs/00e_project.ipynb #imports
+import difflib
 import json
 import os
 import re
@@ -210,6 +211,11 @@ def assert_exported(
 # %% ../nbs/00e_project.ipynb #check_parameters
 _OF_JUPYTER = ('before', 'In', 'Out', 'exit', 'quit', 'get_ipython')
 
+def _meant(name, known):
+    "The parameter that was perhaps meant, in words"
+    alike = difflib.get_close_matches(name, known, 1)
+    return f'perhaps you meant {alike[0]!r}; ' if alike else ''
+
 def check_parameters(
     before:set,            # names defined before the parameters cell: `set(globals())`
     now:dict,              # `globals()` after it
@@ -220,7 +226,8 @@ def check_parameters(
     the export)"""
     for name in now:
         if name in before or name in known or name in _OF_JUPYTER or name.startswith('_'): continue
-        raise AtftError(f'unknown parameter {name!r}; this notebook has {", ".join(known)}')
+        raise AtftError(f'unknown parameter {name!r}; {_meant(name, known)}this notebook has '
+                        f'{", ".join(known)}')
     if not os.environ.get('IN_TEST'): assert_exported()
     return {name: now[name] for name in known if name in now}
 

@@ -89,7 +89,7 @@ def test_papermill_without_an_output_path_trains_and_leaves_the_notebook_alone(
 
 WRONG = [
     (dict(phase=7), "phase '7' is not in 0 .. 4"),
-    (dict(fase=2), "unknown parameter 'fase'"),
+    (dict(fase=2), "unknown parameter 'fase'; perhaps you meant 'phase'; this notebook has"),
     (dict(phase=0, data='no/such/folder'), 'does not exist'),
     (dict(phase=0, k=0), 'GraphSpec: k=0 must be at least 1'),
 ]
