@@ -27,7 +27,7 @@ run: env ## train phases 0 to 4 on the embedded market, then write the report
 	$(BIN)/papermill nbs/04_eval.ipynb -p run_dir $(RUN)
 	@echo; cat $(RUN)/verdict.txt
 
-# threads that take turns on a core cost twice the time; a third of the tests waits on purpose, so three share two cores
+# threads that take turns on a core cost twice the time; a fifth of the tests' time is waiting, so three share two cores
 ONE_THREAD := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 test: env ## run every test: the notebooks, then tests/ (DATA=folder of market data, GOLDEN=folder of outputs of the published layers)
 	$(ONE_THREAD) $(BIN)/nbdev_test --n_workers 2
