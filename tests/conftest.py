@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import warm
 
 from atft.market import MarketSpec, embedded_panel
 from atft.reports import dated, provenance, provenance_table, table, write_text
@@ -32,6 +33,12 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.invocation_time = time.time()
+    is_worker = hasattr(config, 'workerinput')
+    config.warm = None if is_worker else warm.start()  # one for all that run side by side
+
+
+def pytest_unconfigure(config):
+    if getattr(config, 'warm', None): warm.stop(config.warm)
 
 
 def reported(terminalreporter):

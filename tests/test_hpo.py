@@ -11,6 +11,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+import warm
 from optuna.trial import TrialState
 
 from atft.hpo import Search, finished_trials, open_study
@@ -31,8 +32,7 @@ run_study(Search(run, int(trials), fixed=('hidden',), storage=storage), Panel(ma
 
 def work(market, folder, trials, *storage):
     "A process that takes part in a search"
-    typed = [sys.executable, '-c', WORK, market.folder, folder, trials, *storage]
-    return subprocess.Popen(list(map(str, typed)), stderr=subprocess.PIPE, text=True)
+    return warm.Command([sys.executable, '-c', WORK, market.folder, folder, trials, *storage])
 
 
 def study_of(folder, storage=None):

@@ -12,6 +12,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+import warm
 from torch.utils.data import DataLoader, get_worker_info
 
 from atft.core import AtftError
@@ -97,8 +98,8 @@ def test_a_state_continues_in_a_new_process(small_market):
     stream = iter(loader)
     for _ in range(77): next(stream)
     state = str(loader.state_dict()).replace("'", '"')
-    command = [sys.executable, '-c', CONTINUE, str(small_market.folder), state]
-    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    command = [sys.executable, '-c', CONTINUE, small_market.folder, state]
+    out = warm.run(command, check=True).stdout
     sums = [day.x.nan_to_num(9).double().sum().item().hex() for day in whole[77:]]
     assert out.splitlines() == [f'{day.date} {total}' for day, total in zip(whole[77:], sums)]
 

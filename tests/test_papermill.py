@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 from conftest import ROOT
 
 BIN = Path(sys.executable).parent
@@ -25,16 +26,20 @@ def flags(**given):
     return [word for pair in pairs for word in pair]
 
 
-def papermill(*words, **options):
+@pytest.fixture(scope='module')
+def kernels(tmp_path_factory):
+    "Where kernels begin at once"
+    return warm.kernels(tmp_path_factory.mktemp('jupyter'))
+
+
+def papermill(kernels, *words, **options):
     "Run papermill at the project's root"
-    typed = [BIN/'papermill', *words]
-    return subprocess.run(typed, cwd=ROOT, capture_output=True, text=True, **options)
+    return warm.run([BIN/'papermill', *words], cwd=ROOT, env=kernels, **options)
 
 
 def train(folder, *more, **options):
     "Run the training from its command line"
-    typed = [sys.executable, '-m', 'atft.phases', *map(str, more)]
-    return subprocess.run(typed, cwd=folder, capture_output=True, text=True, **options)
+    return warm.run([sys.executable, '-m', 'atft.phases', *more], cwd=folder, **options)
 
 
 def read_terminal(leader):
@@ -97,10 +102,9 @@ OF_PAPERMILL = ('Executing', 'Input Notebook', 'Output Notebook')
 
 
 @pytest.mark.parametrize('wrong, says', WRONG)
-def test_a_wrong_parameter_ends_in_one_clear_line(wrong, says, tmp_path):
+def test_a_wrong_parameter_ends_in_one_clear_line(wrong, says, kernels, tmp_path):
     given = parameters(**wrong, run_dir=tmp_path/'run')
-    result = papermill('nbs/03_phases.ipynb', tmp_path/'out.ipynb', *given,
-                       stdin=subprocess.DEVNULL)
+    result = papermill(kernels, 'nbs/03_phases.ipynb', tmp_path/'out.ipynb', *given)
     assert result.returncode == 1
     lines = [line.lstrip('\r') for line in result.stderr.splitlines() if line.strip()]
     lines = [line for line in lines if not line.startswith(OF_PAPERMILL)]
@@ -112,7 +116,8 @@ def test_a_wrong_parameter_ends_in_one_clear_line(wrong, says, tmp_path):
 def test_the_source_notebook_survives_a_pipe_on_standard_input(tmp_path):
     copy = tmp_path/'03_phases.ipynb'
     shutil.copy(ROOT/'nbs/03_phases.ipynb', copy)
-    result = papermill(copy, *parameters(phase=7), input='')
+    typed = [BIN/'papermill', copy, *parameters(phase=7)]
+    result = subprocess.run(typed, cwd=ROOT, capture_output=True, text=True, input='')
     assert result.returncode == 1 and "phase '7'" in result.stderr
     assert copy.read_bytes() == (ROOT/'nbs/03_phases.ipynb').read_bytes()
 
@@ -154,12 +159,12 @@ IN_THE_REPORT = (
     '1 graph against 0 baseline', 'lightgbm', 'reversal_1d', 'oracle', 'fingerprint', 'Sharpe')
 
 
-def test_the_evaluation_notebook_reports_on_a_run(small_market, tmp_path):
+def test_the_evaluation_notebook_reports_on_a_run(small_market, kernels, tmp_path):
     run = tmp_path/'run'
     where = flags(phase='0-1', data=small_market.folder, run_dir=run)
     train(tmp_path, *where, *flags(**TINY), check=True)
     given = parameters(run_dir=run, report_dir=tmp_path)
-    papermill('nbs/04_eval.ipynb', tmp_path/'out.ipynb', *given, check=True)
+    papermill(kernels, 'nbs/04_eval.ipynb', tmp_path/'out.ipynb', *given, check=True)
     report = next(tmp_path.glob('evaluation_*.md'))
     text = report.read_text()
     for needed in IN_THE_REPORT: assert needed in text

@@ -4,6 +4,7 @@ import os
 import random
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+import warm
 from polars.testing import assert_frame_equal
 
 from atft.checkpoint import load_state, save_state
@@ -20,7 +22,6 @@ from atft.phases import CHECKPOINT_VERSION
 
 TINY = '--phase 0-1 --max-epochs 2 --hidden 8 --lookback 10 --embargo 5 --save-minutes 0.004'
 SHARED = ('--accumulate', '2', '--days-per-step', '2')
-QUIET = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 HEARD = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
@@ -40,9 +41,24 @@ def torchrun(small_market, run, *more):
     return [sys.executable, '-m', *job, *flags(small_market, run, '--device', 'cpu', *more)]
 
 
+def free_port():
+    "A port of this machine that nobody listens on"
+    with socket.socket() as asked:
+        asked.bind(('127.0.0.1', 0))
+        return asked.getsockname()[1]
+
+
+def pair(small_market, run, *more):
+    "Two processes that find each other by what `torchrun` tells each of its own"
+    job = dict(WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free_port()))
+    typed = command(small_market, run, '--device', 'cpu', *more)
+    numbers = [dict(RANK=n, LOCAL_RANK=n) for n in '01']
+    return [warm.Command(typed, env=os.environ | job | number) for number in numbers]
+
+
 def finish(typed):
     "Run a command to its good end"
-    return subprocess.run(typed, check=True, capture_output=True, text=True)
+    return warm.run(typed, check=True)
 
 
 def kills(request): return int(request.config.getoption('--kills'))
@@ -115,7 +131,7 @@ def test_kill_9_at_random_moments_then_the_same_command_gives_the_same_bits(
     typed = command(small_market, run, '--again')  # whenever it gets to its end, it begins anew
     died = 0
     for _ in range(kills(request)):
-        process = subprocess.Popen(typed, **QUIET)
+        process = warm.Command(typed)
         wait_for_news(run, process)
         time.sleep(rng.uniform(0, 1.5))
         process.send_signal(signal.SIGKILL)
@@ -129,7 +145,7 @@ def test_kill_9_at_random_moments_then_the_same_command_gives_the_same_bits(
 
 def test_sigterm_saves_and_says_how_to_go_on(small_market, straight, tmp_path, record_property):
     run = tmp_path/'stopped'
-    process = subprocess.Popen(command(small_market, run, '--save-minutes', '60'), **HEARD)
+    process = warm.Command(command(small_market, run, '--save-minutes', '60'))
     wait_for(run/'config.json', process)
     time.sleep(1.)
     process.send_signal(signal.SIGTERM)
@@ -146,9 +162,9 @@ def test_sigterm_saves_and_says_how_to_go_on(small_market, straight, tmp_path, r
 
 def test_a_second_run_in_the_folder_is_refused(small_market, tmp_path):
     run = tmp_path/'shared'
-    first = subprocess.Popen(command(small_market, run), **QUIET)
+    first = warm.Command(command(small_market, run))
     wait_for(run/'config.json', first)
-    second = subprocess.run(command(small_market, run), capture_output=True, text=True)
+    second = warm.run(command(small_market, run))
     assert second.returncode == 1 and 'Traceback' not in second.stderr
     assert f'is in use by process {first.pid} on' in second.stderr
     assert 'last sign of life' in second.stderr
@@ -244,21 +260,21 @@ def same_curves(one, other):
 
 
 def test_two_processes_give_what_one_gives(small_market, alone, tmp_path):
-    typed = torchrun(small_market, tmp_path/'no')
-    refused = subprocess.run(typed, capture_output=True, text=True)
     says = 'accumulate=1 passes a step cannot be shared evenly by 2 processes; use --accumulate 2'
-    assert refused.returncode and says in refused.stderr
-    finish(torchrun(small_market, tmp_path/'two', *SHARED))
+    for refused in pair(small_market, tmp_path/'no'):
+        assert says in refused.communicate(timeout=120)[1] and refused.returncode
+    typed = torchrun(small_market, tmp_path/'two', *SHARED)
+    subprocess.run(typed, check=True, capture_output=True)
     same_curves(alone, tmp_path/'two')
 
 
 def test_what_two_processes_began_one_finishes(small_market, alone, tmp_path):
     mixed = tmp_path/'mixed'
-    process = subprocess.Popen(torchrun(small_market, mixed, *SHARED), **QUIET)
-    wait_for(mixed/'phase0_last.pt', process)
+    both = pair(small_market, mixed, *SHARED)
+    wait_for(mixed/'phase0_last.pt', both[0])
     time.sleep(.3)
-    process.send_signal(signal.SIGTERM)
-    process.wait()
+    for process in both: process.send_signal(signal.SIGTERM)
+    for process in both: process.wait()
     finish(command(small_market, mixed, *SHARED))
     same_curves(alone, mixed)
 
@@ -271,5 +287,7 @@ def test_a_process_that_dies_ends_the_job_and_the_next_one_goes_on(small_market,
     os.kill(int(asked.stdout.split()[-1]), signal.SIGKILL)
     text = process.communicate(timeout=120)[1]
     assert process.returncode and 'Signal 9' in text, text[-2000:]
-    finish(torchrun(small_market, run, *SHARED))
+    for process in pair(small_market, run, *SHARED):
+        text = process.communicate(timeout=240)[1]
+        assert process.returncode == 0, text[-2000:]
     assert (run/'phase1_metrics.json').exists()

@@ -4,13 +4,13 @@ import logging
 import os
 import re
 import signal
-import subprocess
 import sys
 from dataclasses import dataclass
 
 import polars as pl
 import pytest
 import torch
+import warm
 from conftest import ROOT
 from papermill.inspection import inspect_notebook
 from papermill.iorw import load_notebook_node
@@ -49,8 +49,7 @@ def named(tmp_path_factory):
     bars.write_parquet(root/'bars/bars.parquet')
     options = '--phase 0 --max-epochs 1 --hidden 8 --lookback 10 --embargo 5 --run-dir run'
     typed = [*options.split(), '--data', 'bars', '--targets', *NAMES]
-    subprocess.run([sys.executable, '-m', 'atft.phases', *typed], cwd=root, check=True,
-                   capture_output=True)
+    warm.run([sys.executable, '-m', 'atft.phases', *typed], cwd=root, check=True)
     return RunFolder(root/'run')
 
 
