@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FULL_OR_FORBIDDEN', 'NOT_CODE', 'PLAIN', 'AtftError', 'is_number', 'is_whole', 'atomic_path', 'write_json',
-           'build_once', 'code_key', 'recipe_key', 'file_digest']
+           'build_once', 'Registry', 'code_key', 'recipe_key', 'file_digest']
 
 # %% ../nbs/00a_core.ipynb #imports
 import dis
@@ -262,6 +262,18 @@ def _said_by(value):
         return f'{value.dtype} {array.shape} {array.tolist()!r}'
     return None
 
+# %% ../nbs/00a_core.ipynb #Registry
+class Registry(dict):
+    "What is known by a name, and may be added to; a value is a function or has one as `make`"
+
+    def of_package(self)->dict: # name -> value
+        "What this package put there"
+        return {name: value for name, value in self.items() if self._is_ours(value)}
+
+    def _is_ours(self, value):
+        module = getattr(getattr(value, 'make', value), '__module__', None) or ''
+        return module.split('.')[0] == __name__.split('.')[0]
+
 # %% ../nbs/00a_core.ipynb #add_value
 @patch
 def add_value(self:_Recipe, value):
@@ -270,7 +282,8 @@ def add_value(self:_Recipe, value):
     if said is not None:
         self.parts.append(said)
     elif isinstance(value, dict):
-        self.add([list(pair) for pair in value.items()])
+        counted = value.of_package() if isinstance(value, Registry) else value
+        self.add([list(pair) for pair in counted.items()])
     elif isinstance(value, (list, tuple)):
         for one in value:
             self.add(one)

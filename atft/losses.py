@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .core import AtftError
+from .core import AtftError, Registry
 from .correlation import MIN_NAMES, average_rank, pearson
 from .network import QUANTILES, Forecast
 
@@ -98,7 +98,7 @@ class Scored(NamedTuple):
     known:Tensor     # [B, H, N] score and target are there, on a day with enough of them
 
 # %% ../nbs/02c_losses.ipynb #register_term
-TERMS = {}  # name -> function of `Scored`, giving [H]
+TERMS = Registry()  # name -> function of `Scored`, giving [H]
 
 def register_term(
     name:str, # what a phase weighs it by

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from .blocks import GatedAdd, GatedResidual, LastStepAttention, VariableSelection
-from .core import AtftError
+from .core import AtftError, Registry
 from .fan_san import AGGREGATIONS, FAN, SAN, split_missing
 
 # %% ../nbs/02b_network.ipynb #NetworkSpec
@@ -109,7 +109,7 @@ class Part(NamedTuple):
     group:str              # learning rate group: what a phase's `rates` speaks of
     gates:tuple[str, ...]  # last names of the parameters that open it; they do not decay
 
-PARTS:dict[str, Part] = {}
+PARTS:dict[str, Part] = Registry()
 
 # %% ../nbs/02b_network.ipynb #register_part
 def register_part(
