@@ -410,7 +410,7 @@ def load_state_dict(self:Trainer, state:dict):
             self.partial[name] = self.partial[name].to(self.shared.device)
         if not self.shared.processes.first: self.partial['sums'].zero_()
 
-# %% ../nbs/03c_trainer.ipynb #_continue
+# %% ../nbs/03c_trainer.ipynb #_interrupted
 def _interrupted(trainer, last):
     "The state of an interrupted attempt from the same weights; None where there is none"
     try: state = load_checkpoint(last, trainer.shared, fall_back=True)
@@ -424,17 +424,27 @@ def _interrupted(trainer, last):
               'anew', file=sys.stderr, flush=True)
     return None
 
-def _continue(trainer, folder):
-    "Load what an interrupted attempt left, else take it away"
+def _attempt(trainer, folder):
+    "The state of an attempt at this phase that did not end; None where there is none to go on with"
     processes = trainer.shared.processes
     last = folder.last(trainer.number)
     is_done = processes.same(folder.is_done(trainer.number))
     is_there = processes.same(last.exists() or previous(last).exists())
-    state = _interrupted(trainer, last) if is_there and not is_done else None
-    if state: trainer.load_state_dict(state)
-    processes.wait()
-    if state or not processes.first: return
+    return _interrupted(trainer, last) if is_there and not is_done else None
+
+# %% ../nbs/03c_trainer.ipynb #_continue
+def _clear(folder, number):
+    "Take away the states of a phase"
+    last = folder.last(number)
     for path in (last, previous(last)): path.unlink(missing_ok=True)
+
+def _continue(trainer, folder):
+    "Load what an interrupted attempt left, else take it away"
+    processes = trainer.shared.processes
+    state = _attempt(trainer, folder)
+    if state: trainer.load_state_dict(state)
+    processes.wait()  # all have read it
+    if not state and processes.first: _clear(folder, trainer.number)
 
 # %% ../nbs/03c_trainer.ipynb #train_phase
 def train_phase(
