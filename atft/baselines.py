@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['LOOKBACK', 'BASELINES', 'score_rows', 'past_return', 'reversal', 'momentum', 'ridge', 'boosting', 'register_baseline',
-           'chance', 'baselines', 'said_sees', 'baseline_key', 'cached_baselines']
+           'chance', 'baselines', 'said_sees', 'baseline_key', 'kept_baselines', 'cached_baselines']
 
 # %% ../nbs/04d_baselines.ipynb #imports
 import importlib.util
 import inspect
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from .core import AtftError, atomic_path, recipe_key
 from .panel import Panel
 from .places import read_parquet
 from .predictions import daily_ic, load_predictions
+from .project import project_root
 
 # %% ../nbs/04d_baselines.ipynb #_rows
 def _rows(panel, dates, columns):
@@ -153,11 +155,14 @@ class _View(NamedTuple):
     lags:tuple[int, ...] # sessions before the day
     days:np.ndarray      # that it is fitted on
 
+def _count(panel, days):
+    "How many rows the panel has from the first to the last of some days"
+    span = pl.col(panel.spec.date).is_between(days[0].item(), days[-1].item())
+    return panel.scan().filter(span).select(pl.len()).collect().item()
+
 def _stride(panel, days, columns, most):
     "Of how many training days one is taken, so that a table has `most` values at most"
-    span = pl.col(panel.spec.date).is_between(days[0].item(), days[-1].item())
-    rows = panel.scan().filter(span).select(pl.len()).collect().item()
-    return max(1, -(-rows*columns//int(most)))
+    return max(1, -(-_count(panel, days)*columns//int(most)))
 
 def _view(panel, days, lags, name, most):
     "A view whose windows have `most` values at most"
@@ -186,8 +191,36 @@ def _ranked(table):
     daily = daily_ic(load_predictions(table)).drop_nulls('rank_ic')
     return dict(daily.group_by('target_name').agg(pl.col('rank_ic').mean()).rows())
 
+# %% ../nbs/04d_baselines.ipynb #_fitted
+def _said_fit(name, panel, view):
+    "What is fitted on what, in words"
+    columns = len(view.lags)*len(panel.spec.features)
+    rows = _count(panel, view.days)*len(view.days)//_sessions_between(panel, view.days)
+    return f'{name} on {view.name}: {columns:,} columns x {rows:,} rows'
+
+def _sessions_between(panel, days):
+    first, last = np.searchsorted(panel.dates, days[[0, -1]])
+    return last-first+1
+
+def _bar(said, count, unit):
+    "A progress bar that shows after a second"
+    return tqdm(total=count, desc=said, unit=unit, delay=1, leave=False)
+
+def _fitted(name, panel, scaler, view, fit):
+    "The models of a view, with a bar over the days that are read"
+    def counted():
+        seen = set()
+        for part, x in _windows(panel, scaler, view.days, view.lags):
+            new = set(part['date'])-seen
+            seen.update(new)
+            bar.update(len(new))
+            yield part, x
+    with _bar(_said_fit(name, panel, view), len(view.days), 'day') as bar:
+        return fit(counted(), panel.spec.targets)
+
 # %% ../nbs/04d_baselines.ipynb #_learned
 def _learned(
+    name,  # as reports call it
     panel, split, dates,
     views, # each a `_View`
     fit,   # function(windows, targets) -> for each target a function([rows, columns]) -> predictions
@@ -198,7 +231,7 @@ def _learned(
     fitted = []
     ranked = []
     for view in views:
-        models = fit(_windows(panel, scaler, view.days, view.lags), panel.spec.targets)
+        models = _fitted(name, panel, scaler, view, fit)
         fitted.append(models)
         ranked.append(_ranked(_told(panel, scaler, split.valid, view, models)))
     parts = []
@@ -261,7 +294,8 @@ def ridge(
     views = [
         _view(panel, split.train, (0,), 'the day', most),
         _view(panel, split.train, lags, _window_name(lags, lookback), most)]
-    return _learned(panel, split, dates, views[:lookback], partial(_fit_ridge, penalty=penalty))
+    fit = partial(_fit_ridge, penalty=penalty)
+    return _learned('ridge', panel, split, dates, views[:lookback], fit)
 
 # %% ../nbs/04d_baselines.ipynb #_some_lags
 _CELLS_A_THREAD = 4_000_000
@@ -285,12 +319,14 @@ def _fit_trees(windows, targets, options, trees):
     data = lightgbm.Dataset(list(parts), params=options).construct()
     del parts
     models = {}
-    for column in targets:
-        rank = rows[f'rank {column}'].cast(pl.Float64).to_numpy()
-        known = np.flatnonzero(np.isfinite(rank))
-        one = data.subset(known).construct()
-        one.set_label(rank[known])
-        models[column] = lightgbm.train(options, one, trees).predict
+    with _bar(f'lightgbm, {len(rows):,} rows', len(targets)*trees, 'tree') as bar:
+        for column in targets:
+            rank = rows[f'rank {column}'].cast(pl.Float64).to_numpy()
+            known = np.flatnonzero(np.isfinite(rank))
+            one = data.subset(known).construct()
+            one.set_label(rank[known])
+            grown = lightgbm.train(options, one, trees, callbacks=[lambda told: bar.update()])
+            models[column] = grown.predict
     return models
 
 # %% ../nbs/04d_baselines.ipynb #boosting
@@ -314,7 +350,7 @@ def boosting(
         _view(panel, split.train, (0,), 'the day', _CELLS),
         _view(panel, split.train, lags, _window_name(lags, lookback), _CELLS)]
     fit = partial(_fit_trees, options=options, trees=trees)
-    return _learned(panel, split, dates, views[:lookback], fit)
+    return _learned('lightgbm', panel, split, dates, views[:lookback], fit)
 
 # %% ../nbs/04d_baselines.ipynb #register_baseline
 BASELINES = {} # name -> function(panel, split, dates, seed[, lookback]) -> a table to load
@@ -430,6 +466,12 @@ def said_sees(
     return said
 
 # %% ../nbs/04d_baselines.ipynb #baseline_key
+_COMPUTED_BY = ('lightgbm', 'numpy', 'polars')
+
+def _versions():
+    "Of the libraries whose numbers a table holds, as far as they are installed"
+    return [f'{name} {version(name)}' for name in _COMPUTED_BY if importlib.util.find_spec(name)]
+
 def baseline_key(
     name:str, # in `BASELINES`
     panel:Panel,
@@ -444,19 +486,26 @@ def baseline_key(
     days = {kind: some.astype(str).tolist() for kind, some in days.items()}
     made_by = (BASELINES[name], OnlineRobustScaler)
     days |= _window_of(BASELINES[name], lookback)
-    return recipe_key(panel.fingerprint, *made_by, spec=repr(panel.spec), seed=seed, **days)
+    return recipe_key(
+        panel.fingerprint, *made_by, spec=repr(panel.spec), skipped=panel.skipped,
+        libraries=_versions(), seed=seed, **days)
 
 # %% ../nbs/04d_baselines.ipynb #cached_baselines
+def kept_baselines()->Path:
+    "Where all runs of the project find the tables that were made before"
+    return project_root()/'runs/cache/baselines'
+
 def cached_baselines(
     panel:Panel,
     split,            # a `Split`
     dates:np.ndarray, # days to predict
     seed:int,
-    folder:str|Path,  # where tables are kept, NAME-KEY.parquet; made if missing
+    folder:str|Path|None=None, # where tables are kept, NAME-KEY.parquet; None: for the whole project
     kinds:tuple[str, ...]|None=None, # as for `baselines`
     lookback:int=LOOKBACK,
 )->dict[str, pl.DataFrame]:          # as from `baselines`
     "`baselines`, each of which is made only if the folder does not have it"
+    folder = Path(folder or kept_baselines())
     chosen = _chosen(panel, kinds)
     tables = {}
     for name in tqdm(chosen, desc='baselines', delay=1, leave=False):
@@ -464,7 +513,7 @@ def cached_baselines(
             tables[name] = _made(name, _oracle, panel, split, dates, seed, lookback)
             continue
         key = baseline_key(name, panel, split, dates, seed, lookback)
-        path = Path(folder)/f'{name}-{key}.parquet'
+        path = folder/f'{name}-{key}.parquet'
         if not path.exists():
             table = _made(name, chosen[name], panel, split, dates, seed, lookback)
             with atomic_path(path) as temp:

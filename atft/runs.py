@@ -16,6 +16,7 @@ from fastcore.basics import patch
 from .checkpoint import only_one
 from .core import AtftError, write_json
 from .ledger import Ledger
+from .project import project_root
 
 # %% ../nbs/03b_runs.ipynb #RunFolder
 class RunFolder:
@@ -31,7 +32,7 @@ class RunFolder:
     def verdict(self): return self.path/'verdict.txt'
 
     @property
-    def baselines(self): return self.path/'baselines'
+    def baselines(self): return project_root()/'runs/cache/baselines'  # of all runs, by recipe
 
     @cached_property
     def ledger(self): return Ledger(self.path)

@@ -53,7 +53,7 @@ def _chosen_by(walk, fold, panel):
         everything = RunFolder(walk.folder/fold.name/f'seed_{seed}').predictions(last)
         tables.append(load_predictions(everything.filter(pl.col('split') == 'valid')))
     made = cached_baselines(panel, fold.split, fold.split.valid, walk.all_seeds[0],
-                            walk.folder/'baselines', (walk.blend,))
+                            kinds=(walk.blend,), lookback=walk.run.lookback)
     return blend_weights(_together(tables), made[walk.blend])
 
 def _blend(walk, folds, panel, model, other):
