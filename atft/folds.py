@@ -55,7 +55,7 @@ class Walk:
     scheduler:str|None = None  # address of a dask scheduler: tcp://HOST:8786
     slurm:bool = False         # hand the trainings to Slurm
     slurm_options:str = ''     # for submitit: names and values with an equals sign, commas between
-    report_dir:str|None = None # where folds_YYYYMMDD.md goes; None: the folder of the folds
+    report_dir:str|None = None # where folds_YYYYMMDD.md goes; None: reports in run_dir
 
     def __post_init__(self): _check_walk(self)
 

@@ -175,7 +175,7 @@ def write_report(
     found = gather(walk, folds, panel, kinds)
     ensembles = [n for n in found.result.phases if not n.startswith('blend with ')]
     parts = [*_fold_parts(folds, found), *_seed_parts(found, ensembles[-1])]
-    report = dated(walk.report_dir or walk.run.run_dir, 'folds')
+    report = dated(walk.report_dir or RunFolder(walk.run.run_dir).reports, 'folds')
     seeds = ', '.join(map(str, walk.all_seeds))
     sentences = write_evaluation(found.result, report, command, title='Walk forward',
                                  told=dict(seed=seeds), more=tuple(parts))
