@@ -271,7 +271,7 @@ def _cores():
 def _workers(walk, folds, panel):
     "How many trainings are done at a time on this machine"
     if walk.workers: return walk.workers
-    codes = -(-panel.rows//len(panel.dates))
+    codes = -(-panel.num_rows//len(panel.dates))
     at_once = len(walk.all_seeds)*(1 if walk.warm_start else len(folds))
     return usual_workers(at_once, memory_of(walk.run, codes, len(panel.spec.features)))
 
