@@ -59,7 +59,7 @@ PARAMETERS = dict( # of this notebook
     scheduler='address of a dask scheduler: tcp://HOST:8786',
     slurm='hand the trials to Slurm',
     slurm_options='for submitit: names and values with an equals sign, commas between',
-    report_dir="where hpo_summary_YYYYMMDD.md goes; None: reports in the study's folder")
+    report_dir='where hpo_summary_YYYYMMDD.md goes; None: reports in study_dir')
 DECIDED = ('run_dir', 'resume_checkpoint', 'again', 'predict_test') # by the study, for every trial
 
 # %% ../nbs/05_hpo.ipynb #trial_run
