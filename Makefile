@@ -23,7 +23,7 @@ help: ## list the targets
 env: .venv/.installed ## make the environment in .venv
 
 run: env ## train phases 0 to 4 on the embedded market, then write the report
-	$(BIN)/papermill nbs/03_phases.ipynb -p phase 0-4 -p max_epochs $(EPOCHS) -p run_dir $(RUN)
+	$(BIN)/papermill nbs/03_phases.ipynb -p phase 0-4 -p max_epochs $(EPOCHS) -p run_dir $(RUN) -p report_dir reports
 	$(BIN)/papermill nbs/04_eval.ipynb -p run_dir $(RUN)
 	@echo; cat $(RUN)/verdict.txt
 
@@ -43,7 +43,7 @@ walk-forward: env ## train every year (YEARS=2013-2017) by every seed (SEEDS=0,1
 
 TRIALS ?= 20
 hpo-run: env ## search over the phase table on the embedded market, or on DATA=folder; killed, it goes on; writes reports/hpo_summary_YYYYMMDD.md
-	$(BIN)/papermill nbs/05_hpo.ipynb -p n_trials $(TRIALS) $(if $(DATA),-p data $(abspath $(DATA)) -p study_dir runs/hpo-$(notdir $(abspath $(DATA))))
+	$(BIN)/papermill nbs/05_hpo.ipynb -p n_trials $(TRIALS) -p report_dir reports $(if $(DATA),-p data $(abspath $(DATA)) -p study_dir runs/hpo-$(notdir $(abspath $(DATA))))
 
 STEPS := -p hidden 256 -p heads 8 -p epochs 2 -p precisions float32,bfloat16 -p compiled True
 bench: env ## measure every speed claim beside its peers, a few minutes; writes reports/bench_YYYYMMDD.md (DATA=folder for the scaler's error)

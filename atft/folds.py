@@ -55,7 +55,7 @@ class Walk:
     scheduler:str|None = None  # address of a dask scheduler: tcp://HOST:8786
     slurm:bool = False         # hand the trainings to Slurm
     slurm_options:str = ''     # for submitit: names and values with an equals sign, commas between
-    report_dir:str|None = None # where folds_YYYYMMDD.md goes; None: the folder of the folds
+    report_dir:str|None = None # where folds_YYYYMMDD.md goes; None: reports in run_dir
 
     def __post_init__(self): _check_walk(self)
 
@@ -271,7 +271,7 @@ def _cores():
 def _workers(walk, folds, panel):
     "How many trainings are done at a time on this machine"
     if walk.workers: return walk.workers
-    codes = -(-panel.rows//len(panel.dates))
+    codes = -(-panel.num_rows//len(panel.dates))
     at_once = len(walk.all_seeds)*(1 if walk.warm_start else len(folds))
     return usual_workers(at_once, memory_of(walk.run, codes, len(panel.spec.features)))
 

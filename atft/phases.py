@@ -431,12 +431,13 @@ def write_report(
         '## The phase table', phase_table(folder.phases())])
 
 # %% ../nbs/03_phases.ipynb #PARAMETERS
-PARAMETERS = dict(report_dir='where phases_YYYYMMDD.md goes; None: reports') # of this notebook
+PARAMETERS = dict(  # of this notebook
+    report_dir='where phases_YYYYMMDD.md goes; None: reports in the run folder')
 
 # %% ../nbs/03_phases.ipynb #main
 def _print_report(spec):
     "Write the report into the run folder and say where it is"
-    print(write_report(spec, spec.run_dir, command_line(spec)))
+    print(write_report(spec, RunFolder(spec.run_dir).reports, command_line(spec)))
 
 def main():
     "Command line: train phases and write the report into the run folder"

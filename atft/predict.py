@@ -7,6 +7,7 @@ __all__ = ['FORMS', 'HELD_BY', 'runs_of', 'distance_of', 'Today', 'rank_today', 
            'predict_line', 'main']
 
 # %% ../nbs/04j_predict.ipynb #imports
+import json
 import sys
 from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
 from datetime import date as Date
@@ -18,7 +19,7 @@ import polars as pl
 from fastcore.docments import docments
 
 from .backtest import Trading
-from .core import AtftError, atomic_path, write_json
+from .core import AtftError, atomic_path, recipe_key, write_json
 from .data import OnlineRobustScaler, Split, as_day
 from .door import DoorSpec
 from .ensembles import ensemble
@@ -187,6 +188,25 @@ def _as_one(tables):
     unknown = pl.lit(None, pl.Float64)
     return ensemble([table.with_columns(target=unknown) for table in tables]).drop('target')
 
+# %% ../nbs/04j_predict.ipynb #_codes_of_training
+def _codes_of_training(shared, kept):
+    "The codes of the training days, from the panel or from a file that keeps them"
+    if kept.exists(): return set(json.loads(kept.read_text()))
+    spec = shared.panel.spec
+    train = pl.col(spec.date).is_between(shared.split.train[0], shared.split.train[-1])
+    rows = shared.panel.scan().filter(train).select(pl.col(spec.code).cast(pl.String).unique())
+    codes = rows.collect(engine='streaming')[spec.code].sort().to_list()
+    write_json(kept, codes)
+    return set(codes)
+
+def _kept_codes(run, shared):
+    "Where the codes of a run's training days are kept, by its data then, and these days"
+    train = shared.split.train
+    key = recipe_key(
+        run.read_config()['data']['fingerprint'], _codes_of_training,
+        days=[str(train[0]), str(train[-1])], skipped=shared.panel.skipped)
+    return project_root()/f'runs/cache/codes/{key}.json'
+
 # %% ../nbs/04j_predict.ipynb #distance_of
 def _shares(values, scaler):
     "[F] share of the known values that are clipped, and of all that are missing"
@@ -204,6 +224,7 @@ def _together(today, then, features):
 def distance_of(
     shared:Setup,
     day:np.datetime64,
+    trained:set, # codes of the training days
 )->dict: # clipped, missing: shares of the values; codes, unseen: of the day
     "How far the features of a day lie from those of the training days"
     spec = shared.panel.spec
@@ -212,11 +233,8 @@ def distance_of(
     found = [_shares(part, shared.scaler) for part in (values, shared.scaler.rows_)]
     names = ('clipped', 'missing')
     shares = {name: _together(*both, spec.features) for name, both in zip(names, zip(*found))}
-    train = pl.col(spec.date).is_between(shared.split.train[0], shared.split.train[-1])
-    seen = shared.panel.scan().filter(train).select(pl.col(spec.code).cast(pl.String).unique())
     codes = set(rows[spec.code].cast(pl.String))
-    unseen = sorted(codes-set(seen.collect(engine='streaming')[spec.code]))
-    return shares | dict(codes=len(codes), unseen=unseen)
+    return shares | dict(codes=len(codes), unseen=sorted(codes-trained))
 
 # %% ../nbs/04j_predict.ipynb #_opened
 class _Opened(NamedTuple):
@@ -283,11 +301,12 @@ def _facts(opened, shared, table, name, trading):
     "All that is kept beside a ranking"
     panel = opened.panel
     day = panel.dates[opened.at]
+    trained = _codes_of_training(shared, _kept_codes(opened.runs[0], shared))
     data = dict(folder=str(panel.folder), fingerprint=panel.fingerprint, new_days=opened.new,
                 last=str(panel.dates[-1]))
     return dict(
         date=str(day), runs=[str(run.path) for run in opened.runs], phases=opened.numbers, data=data,
-        training=_age(shared, opened.at), **distance_of(shared, day),
+        training=_age(shared, opened.at), **distance_of(shared, day, trained),
         positions=_positions(table, name), trading=asdict(trading))
 
 # %% ../nbs/04j_predict.ipynb #rank_today

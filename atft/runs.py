@@ -16,6 +16,7 @@ from fastcore.basics import patch
 from .checkpoint import only_one
 from .core import AtftError, write_json
 from .ledger import Ledger
+from .project import project_root
 
 # %% ../nbs/03b_runs.ipynb #RunFolder
 class RunFolder:
@@ -31,7 +32,10 @@ class RunFolder:
     def verdict(self): return self.path/'verdict.txt'
 
     @property
-    def baselines(self): return self.path/'baselines'
+    def reports(self): return self.path/'reports'
+
+    @property
+    def baselines(self): return project_root()/'runs/cache/baselines'  # of all runs, by recipe
 
     @cached_property
     def ledger(self): return Ledger(self.path)
@@ -185,7 +189,7 @@ def crossing(
 # %% ../nbs/03b_runs.ipynb #_differences
 FREE = {  # may differ between runs in one folder
     'phase', 'run_dir', 'resume_checkpoint', 'again', 'save_phase_checkpoint', 'save_minutes',
-    'device', 'num_workers', 'data'}
+    'device', 'num_workers', 'data', 'sectors', 'universe', 'join'}
 
 def _differences(old, new):
     "What two configurations disagree about, in words"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import optuna
 import polars as pl
+import torch
 from optuna.trial import TrialState
 
 from .core import AtftError
@@ -194,8 +195,14 @@ def _what_a_trial_is(run):
     return (f'Every trial trains phase {run.phase} with at most {run.max_epochs} epochs '
             'each; pruned by the median, sampled by TPE.')
 
-def _suggestion(search, study):
+def _typed(search, study):
+    "The line that trains the winner's weights, with the threads that it had if they are others here"
     line = suggested_line(winner(search, study))
+    threads = study.best_trial.user_attrs.get('threads', torch.get_num_threads())
+    return line if threads == torch.get_num_threads() else f'OMP_NUM_THREADS={threads} {line}'
+
+def _suggestion(search, study):
+    line = _typed(search, study)
     found = table(['value', 'found', 'in the table'], _found_rows(study))
     return ['The winner as a run:', f'```bash\n{line}\n```', found]
 

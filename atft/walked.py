@@ -53,7 +53,7 @@ def _chosen_by(walk, fold, panel):
         everything = RunFolder(walk.folder/fold.name/f'seed_{seed}').predictions(last)
         tables.append(load_predictions(everything.filter(pl.col('split') == 'valid')))
     made = cached_baselines(panel, fold.split, fold.split.valid, walk.all_seeds[0],
-                            walk.folder/'baselines', (walk.blend,))
+                            kinds=(walk.blend,), lookback=walk.run.lookback)
     return blend_weights(_together(tables), made[walk.blend])
 
 def _blend(walk, folds, panel, model, other):
@@ -175,7 +175,7 @@ def write_report(
     found = gather(walk, folds, panel, kinds)
     ensembles = [n for n in found.result.phases if not n.startswith('blend with ')]
     parts = [*_fold_parts(folds, found), *_seed_parts(found, ensembles[-1])]
-    report = dated(walk.report_dir or walk.run.run_dir, 'folds')
+    report = dated(walk.report_dir or RunFolder(walk.run.run_dir).reports, 'folds')
     seeds = ', '.join(map(str, walk.all_seeds))
     sentences = write_evaluation(found.result, report, command, title='Walk forward',
                                  told=dict(seed=seeds), more=tuple(parts))

@@ -26,7 +26,7 @@ from atft.checkpoint import Stopped
 from atft.core import AtftError
 from atft.ensembles import blend_weights, blended, ensemble
 from atft.folds import (
-    OPTIONS, PARAMETERS, Walk, fold_run, folds_of, jobs_of, main, read_walk, train_folds, walk_line)
+    OPTIONS, PARAMETERS, Walk, engine_of, fold_run, folds_of, jobs_of, main, read_walk, train_folds, walk_line)
 from atft.inference import split_of
 from atft.jobs import (
     Engine, Here, Job, Outcome, chosen_epochs, dask_cluster, here, is_trained, processes, run_jobs,
@@ -195,6 +195,13 @@ def test_the_line_of_a_report_is_the_same_walk(market, walked):
     walk, folds = walked
     typed = read_walk(shlex.split(walk_line(walk))[3:])
     assert jobs_of(typed, folds_of(typed, market), market) == jobs_of(walk, folds, market)
+
+
+def test_who_names_no_workers_has_as_many_as_there_is_room_for(market, walked):
+    walk, folds = walked
+    engine, threads = engine_of(replace(walk, workers=None, threads=None), folds, market)
+    assert engine.says == 'here' or engine.says.endswith(' processes')
+    assert threads >= 1
 
 
 def test_a_warm_start_and_a_refit_take_what_validation_chose(market, tmp_path):

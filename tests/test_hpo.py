@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import BrokenExecutor, Future
+from contextlib import nullcontext
 from pathlib import Path
 
 import polars as pl
@@ -14,7 +16,9 @@ import pytest
 import warm
 from optuna.trial import TrialState
 
-from atft.hpo import Search, finished_trials, open_study
+from atft.core import AtftError
+from atft.hpo import Search, finished_trials, open_study, run_study, spread_study, suggest
+from atft.jobs import Engine, Here, processes
 from atft.ledger import Ledger
 from atft.phases import RunSpec
 
@@ -103,6 +107,67 @@ def test_two_processes_share_a_study(small_market, tmp_path):
     study = study_of(folder)
     assert states_of(study) == [TrialState.COMPLETE]*4
     assert len({tuple(sorted(trial.params.items())) for trial in study.trials}) == 4
+
+
+def search_in(market, folder, trials):
+    run = RunSpec(run_dir=str(folder), data=str(market.folder), phase='0', max_epochs=1, hidden=8,
+                  lookback=8, embargo=5)
+    return Search(run, trials, fixed=('hidden',))
+
+
+def quiet(*said): pass
+
+
+def test_trials_on_two_processes_are_those_of_one(small_market, tmp_path):
+    search = search_in(small_market, tmp_path/'study', 3)
+    said = []
+    study = spread_study(search, processes(2), tell=lambda outcome, *_: said.append(outcome))
+    assert states_of(study) == [TrialState.COMPLETE]*3
+    assert [one.state for one in said] == ['trained']*3 and Ledger(search.folder).count('trial') == 3
+    alone = run_study(search_in(small_market, tmp_path/'alone', 3), small_market, show=False)
+    drawn = [[sorted(trial.params.items()) for trial in one.trials] for one in (study, alone)]
+    assert drawn[0] == drawn[1]  # the first trials depend on their number alone
+    again = []
+    spread_study(search, processes(2), tell=lambda *said: again.append(said))
+    assert again == [] and len(study_of(search.folder).trials) == 3
+
+
+class Dying(Here):
+    "Its first worker is killed in a trial, which stays at work with nobody"
+    def __init__(self, study):
+        self.study = study
+        self.killed = None
+
+    def submit(self, function, /, *args, **options):
+        if self.killed: return super().submit(function, *args, **options)
+        trial = self.study.ask()
+        trial.set_user_attr('folder', trial.number)
+        self.killed = suggest(trial, ('hidden',))
+        future = Future()
+        future.set_exception(BrokenExecutor('killed'))
+        return future
+
+
+def test_a_trial_whose_worker_is_killed_is_asked_again(small_market, tmp_path):
+    search = search_in(small_market, tmp_path/'study', 2)
+    executor = Dying(open_study(search))
+    study = spread_study(search, Engine(lambda: nullcontext(executor), 1), tell=quiet)
+    assert states_of(study) == [TrialState.FAIL, TrialState.COMPLETE, TrialState.COMPLETE]
+    assert study.trials[1].params == executor.killed
+    assert study.trials[1].user_attrs['folder'] == 0
+    assert Ledger(search.folder).count('trial') == 2
+
+
+def test_a_search_whose_workers_all_die_is_given_up(small_market, tmp_path):
+    class Deadly(Here):
+        def submit(self, function, /, *args, **options):
+            future = Future()
+            future.set_exception(BrokenExecutor('killed'))
+            return future
+
+    search = search_in(small_market, tmp_path/'study', 1)
+    with pytest.raises(AtftError, match='1 of 1 trials came to nothing, .* killed 3 times'):
+        spread_study(search, Engine(lambda: nullcontext(Deadly()), 1), tell=quiet)
 
 
 def postgres_programs():

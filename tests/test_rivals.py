@@ -1,17 +1,20 @@
 "Baselines that learn see what the network sees, without the windows of a whole panel in memory."
 import json
+import sys
+from functools import partial
 
 import numpy as np
 import polars as pl
 import pytest
 from scipy.stats import rankdata
 
-from atft import baselines, results
-from atft.baselines import baseline_key, ridge, said_sees
+from atft import baselines, results, views
+from atft.baselines import baseline_key, cached_baselines, ridge, said_sees
 from atft.data import (
     OnlineRobustScaler, ParquetStockIterableDataset, Split, make_loader, split_days)
 from atft.judge import evaluate
 from atft.market import MarketSpec, embedded_panel
+from atft.panel import write_panel
 from atft.predictions import daily_ic
 from atft.results import doubts, example_run, load_run, step_differences
 from atft.sentences import verdict
@@ -78,16 +81,16 @@ def test_the_better_view_on_validation_days_is_the_baseline(panel, split):
 
 def test_windows_are_made_a_part_at_a_time(panel, split, monkeypatch):
     read = []
-    rows_of = baselines._rows
+    rows_of = views._rows
     def counting(panel, dates, columns):
         read.append(len(dates))
         return rows_of(panel, dates, columns)
-    monkeypatch.setattr(baselines, '_rows', counting)
-    monkeypatch.setattr(baselines, '_AT_ONCE', 500)
-    monkeypatch.setattr(baselines, '_SESSIONS', 30)
+    monkeypatch.setattr(views, '_rows', counting)
+    monkeypatch.setattr(views, '_AT_ONCE', 500)
+    monkeypatch.setattr(views, '_SESSIONS', 30)
     whole = panel.dates[40:200]
     parts = [(len(rows), x.shape) for rows, x in
-             baselines._windows(panel, Same(), whole, range(LOOKBACK))]
+             views._windows(panel, Same(), whole, range(LOOKBACK))]
     assert max(read) <= 30+LOOKBACK and len(read) >= 5
     assert max(n for n, _ in parts) <= 500
     assert all(shape == (n, LOOKBACK*len(panel.spec.features)) for n, shape in parts)
@@ -162,3 +165,45 @@ def test_hansens_test_is_on_rows_that_all_are_judged_on(half_known):
     np.testing.assert_allclose(asked[0][0], ics[best]['rank_ic'], atol=1e-12)
     for nth, name in enumerate(one.phases):
         np.testing.assert_allclose(asked[0][1][:, nth], ics[name]['rank_ic'], atol=1e-12)
+
+
+def test_a_second_run_on_the_same_data_and_days_fits_nothing(panel, tmp_path, monkeypatch):
+    monkeypatch.setattr(results, 'cached_baselines', partial(in_folder, tmp_path/'kept'))
+    for name in ('first', 'second'): example_run(tmp_path/name, panel)
+    kinds = ('random', 'ridge')
+    first = load_run(tmp_path/'first', kinds).baselines
+
+    def never(*given): raise AssertionError(f'{given[0]} was made again')
+
+    monkeypatch.setattr(baselines, '_made', never)
+    second = load_run(tmp_path/'second', kinds).baselines
+    assert list(second) == list(kinds)
+    for name in kinds: assert first[name].equals(second[name])
+    with pytest.raises(AssertionError, match='reversal_1d was made again'):
+        load_run(tmp_path/'second', ('reversal_1d',))
+
+
+def in_folder(folder, panel, split, dates, seed, other, kinds, lookback):
+    "`cached_baselines` in a folder of the test"
+    return cached_baselines(panel, split, dates, seed, folder, kinds, lookback)
+
+
+def test_a_changed_row_is_another_table(panel, split, tmp_path):
+    rows = panel.scan().collect()
+    is_one = (pl.col('date') == panel.dates[30].item()) & (pl.col('code') == panel.codes[0])
+    changed = rows.with_columns(target_1d=pl.when(is_one).then(.5).otherwise('target_1d'))
+    same = write_panel(rows, tmp_path/'same', panel.spec)
+    other = write_panel(changed, tmp_path/'other', panel.spec)
+    keys = [baseline_key('ridge', one, split, split.test, 0) for one in (panel, same, other)]
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_what_is_fitted_is_said(panel, split, monkeypatch, capsys):
+    slow = partial(views.tqdm, file=sys.stderr)
+    monkeypatch.setattr(views, 'tqdm', lambda *given, **told: slow(*given, **told | dict(delay=0)))
+    baselines.baselines(panel, split, split.test[:5], kinds=('lightgbm',), lookback=LOOKBACK)
+    said = capsys.readouterr().err
+    wide = len(panel.spec.features)
+    assert f'lightgbm on the day: {wide} columns x ' in said
+    assert f'lightgbm on the window of {LOOKBACK} sessions: {LOOKBACK*wide} columns x ' in said
+    assert 'tree' in said
