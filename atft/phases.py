@@ -171,10 +171,16 @@ def _data_of(panel):
         folder=str(panel.folder.resolve()), **record_of(panel))
 
 # %% ../nbs/03_phases.ipynb #_keys_of
+def _part(name):
+    "A part by its name, or one line that says who knows it"
+    if name in PARTS: return PARTS[name]
+    raise AtftError(f'network: part {name!r} is not registered here; run the code that calls '
+                    f'register_part({name!r}, ...) first, in the same process')
+
 def _keys_of(shared):
     "What the panel, the graphs, and the network with its loss are known by"
     graph = shared.graphs.graph
-    parts = {name: code_key(PARTS[name].make) for name in shared.network_spec.parts}
+    parts = {name: code_key(_part(name).make) for name in shared.network_spec.parts}
     terms = {name: code_key(term) for name, term in TERMS.items()}
     edges = dict(
         name=type(graph).__name__, spec=asdict(graph.spec), version=graph.version,
@@ -275,15 +281,27 @@ def _run_chain(shared, folder, phases, keeper, callbacks, show, kind=Trainer):
         keeper.stop_if_asked(trainer)
     return done or {number: folder.read_metrics(number) for number in wanted}
 
-# %% ../nbs/03_phases.ipynb #_prepared
+# %% ../nbs/03_phases.ipynb #_check_graph
 def _check_graph(spec, graph):
     "A graph that is handed in has its own options"
     if isinstance(graph, type):
         raise AtftError(f'run_phases: graph={graph.__name__} is a class; make one: {graph.__name__}()')
-    if graph is None or spec.graph in (GraphSpec(), getattr(graph, 'spec', None)): return
+    if graph is None: return
+    own = getattr(graph, 'spec', None)
+    _check_lookback(spec, graph, getattr(own, 'lookback', None))
+    ours = replace(spec.graph, lookback=GraphSpec().lookback)
+    if own == spec.graph or ours == GraphSpec(): return
     raise AtftError(f'run_phases: {type(graph).__name__} is handed in, so the options of the '
                     f'correlation graph would have no effect ({spec.graph}); leave one of them out')
 
+def _check_lookback(spec, graph, wanted):
+    "The returns that a graph sees are as many days as its own options say"
+    given = spec.graph.lookback
+    if wanted in (None, given): return
+    raise AtftError(f'run_phases: {type(graph).__name__} looks back {wanted} sessions, the run shows '
+                    f'it {given}; give the run graph=GraphSpec(lookback={wanted})')
+
+# %% ../nbs/03_phases.ipynb #_prepared
 def _prepared(spec, panel, phases, graph):
     "The data, the scalers and the graphs of a run that can be trained"
     _check_graph(spec, graph)
