@@ -259,6 +259,13 @@ class Trades(NamedTuple):
     equal:pl.DataFrame|None  # `performance` of equal weights, without costs
     why:str=''   # why there is nothing
     notes:tuple[str, ...]=() # what a reader must know of the accounts, in sentences
+    every:int=1  # sessions from one decision to the next, as asked
+
+    @property
+    def pace(self)->str:
+        "How it trades, and how often"
+        if self.every == 1: return f'daily {self.how}'
+        return f'{self.how}, decided anew every {self.every} sessions,'
 
 # %% ../nbs/04e_results.ipynb #_terms
 def _nothing(why): return Trades('', '', {}, {}, {}, {}, {}, None, None, why)
@@ -336,7 +343,9 @@ def trade(
     shuffled = random_portfolios(last, trading=trading, **options) if luck else None
     equal = _worth(equal_weight(last), year) if '1d' in target_names(last) else None
     how = trading.side.replace('_', '-')
-    return Trades(how, cost, daily, gross, net, by_cost, sharpes, shuffled, equal, notes=notes)
+    every = getattr(trading, 'rebalance', None) or 1
+    return Trades(how, cost, daily, gross, net, by_cost, sharpes, shuffled, equal, notes=notes,
+                  every=every)
 
 # %% ../nbs/04e_results.ipynb #Doubts
 class Doubts(NamedTuple):

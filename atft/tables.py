@@ -21,7 +21,7 @@ from .forms import parts_of, stem_of
 from .intake import LIKE, Reading, Taken, take
 from .panel import Panel
 from .places import name_of, place
-from .predictions import load_predictions, targets_in
+from .predictions import _name_of, load_predictions, targets_in
 from .prices import _calendar, _codes_without, _grid
 from .project import project_root
 from .results import RunResult, _with_groups, spoken_target
@@ -172,7 +172,7 @@ def read_model(
     which = _meant(columns, which, has_prices)
     try: table = load_predictions(source, reading, which, needs_target=False)
     except AtftError as error: raise _asks(name, error) from None
-    if not {'horizon', 'target_name'} & set(columns): notes += (f'its target is {which}, as told',)
+    if not {'horizon', 'target_name'} & set(columns): notes += (f'its target is {_name_of(which)}, as told',)
     table, said = _of_test(table)
     return table, notes+said
 
