@@ -14,7 +14,7 @@ from atft.eval import write_asked
 from atft.judge import evaluate
 from atft.market import MarketSpec, embedded_panel
 from atft.results import _example_predictions, _nothing, step_differences
-from atft.sentences import verdict
+from atft.sentences import _said_tables, verdict
 from atft.tables import past_split, read_model, result_of_tables
 
 QUICK = ('random', 'reversal_1d')
@@ -235,14 +235,15 @@ def test_the_whole_report_lies_beside_the_table(files, panel, bars):
     assert again == {name: str(value) for name, value in given.items() if value is not None}
 
 
-def test_without_a_panel_the_report_says_what_is_missing(mine, tmp_path):
-    days = mine['date'].unique().sort()[:30]
-    one_day(mine).filter(pl.col('date').is_in(days.implode())).write_csv(tmp_path/'alone.csv')
-    typed = dict(predictions=tmp_path/'alone.csv')
-    text = write_asked(read_asked(typed)).read_text()
-    assert 'No panel was given: only chance stands beside the models' in text
-    assert 'nobody told how many things were tried besides (-p tried N)' in text
-    assert 'No other model was given.' in text and 'It was not set beside a baseline' in text
+def test_without_a_panel_it_is_said_what_is_missing(mine):
+    result = result_of_tables(dict(alone=one_day(mine)))
+    judged = {name: evaluate(table, draws=0) for name, table in result.everything.items()}
+    trades = _nothing('nobody trades here')
+    said = verdict(result, judged, step_differences(result), trades=trades)
+    assert said[1] == 'No other model was given.'
+    assert said[2].startswith('It was not set beside a baseline')
+    assert result.told[0].startswith('No panel was given: only chance stands beside the models')
+    assert 'nobody told how many things were tried besides (-p tried N)' in _said_tables(result)
 
 
 REFUSED = [
