@@ -40,7 +40,7 @@ def _matrix(rows, days, codes, column):
     out[row, place] = rows[column].cast(pl.Float64).to_numpy()
     return np.where(np.isfinite(out), out, np.nan)
 
-# %% ../nbs/04q_neutral.ipynb #_moves_of_prices
+# %% ../nbs/04q_neutral.ipynb #_priced_days
 def _priced_days(rows):
     "[D] sessions of rows with a close"
     count = rows.group_by('date').len().sort('date')
@@ -56,6 +56,7 @@ def _from_last_known(close):
     out[:-1] = close[1:]/known[:-1]-1
     return out
 
+# %% ../nbs/04q_neutral.ipynb #_moves_of_prices
 def _moves_of_prices(prices, codes):
     "Of anything with date, code and close"
     optional = ('dollar_volume', 'volume')
@@ -64,7 +65,7 @@ def _moves_of_prices(prices, codes):
     rows = prices.table.filter(pl.col('code').is_in(codes)).collect()
     rows = rows.filter(pl.col('close').is_finite() & (pl.col('close') > 0))
     if not len(rows):
-        raise AtftError('neutral: prices have no close of any code of the predictions; spell '
+        raise AtftError('moves_of: prices have no close of any code of the predictions; spell '
                         'codes alike')
     if 'volume' in rows.columns and 'dollar_volume' not in rows.columns:
         rows = rows.with_columns(dollar_volume=pl.col('close')*pl.col('volume'))
@@ -103,10 +104,10 @@ def moves_of(
         return _moves_of_panel(panel, codes)
     rows = predictions.filter(pl.col('target_name') == '1d')
     if len(rows): return _of_rows(rows, 'target', codes, "the table's own target of one day")
-    raise AtftError('neutral: no daily returns are known: there are no prices, no panel with '
+    raise AtftError('moves_of: no daily returns are known: there are no prices, no panel with '
                     'target_1d and no rows of target 1d; give prices')
 
-# %% ../nbs/04q_neutral.ipynb #market_betas
+# %% ../nbs/04q_neutral.ipynb #mean_of_codes
 def mean_of_codes(
     returns:np.ndarray, # [D, N], NaN where unknown
 )->np.ndarray:          # [D], NaN on days without any
@@ -122,6 +123,7 @@ def _of_window(x, days):
     place = np.arange(len(x))
     return until[place]-until[np.maximum(place-days, 0)]
 
+# %% ../nbs/04q_neutral.ipynb #market_betas
 def market_betas(
     moves:Moves,
     days:int=60,  # sessions before a close
