@@ -16,7 +16,7 @@ from .core import AtftError
 from .correlation import MIN_NAMES, average_rank
 from .intervals import bootstrap_interval
 from .judge import is_grouping, plain
-from .neutral import Moves, _matrix, _of_window, mean_of_codes, moves_of
+from .neutral import Moves, _matrix, _of_window, _reason, mean_of_codes, moves_of
 from .reports import table as markdown_table
 from .sessions import sessions_per_year
 
@@ -301,8 +301,7 @@ def _told_missing(made, found):
     "What could not be made, and days that lack one, in sentences"
     said = [f'No {name}: {why}.' for name, why in made.why.items()]
     if found.left_out:
-        said.append(f'{found.left_out:,} days of the account, on which a factor is unknown, are '
-                    'left out.')
+        said.append(f'Days of the account that lack a factor are left out: {found.left_out:,}.')
     return ' '.join(said)
 
 # %% ../nbs/04r_factors.ipynb #_words
@@ -382,7 +381,7 @@ def factor_section(
         made, moves = _made(result, daily, panel, prices, _late(trading, prices))
         found = attribute(daily, made.returns)
     except AtftError as refused:
-        return [title, f'What {result.last} was paid for cannot be said: {refused}.']
+        return [title, f'What {result.last} was paid for cannot be said: {_reason(refused)}.']
     told = [title, _first_words(result.last, found), _attribution_table(found)]
     if show is not None: told.append(show('factors', plot_contributions(found)))
     told.append(_definitions(made, moves, trading))

@@ -303,6 +303,10 @@ def _moves_or_why(predictions, panel, prices):
     except AtftError as refused:
         return None, str(refused)
 
+def _reason(refused):
+    "Why, without who says it"
+    return str(refused).split(': ', 1)[-1]
+
 # %% ../nbs/04q_neutral.ipynb #_said_left_out
 def _said_left_out(judged):
     "Rows and groups that the neutral figure cannot use, in a sentence"
@@ -322,22 +326,32 @@ def _neutral_table(judged):
         before = with_interval(row['rank_ic'], row['low'], row['high'])
         after = with_interval(row['neutral_ic'], row['neutral_low'], row['neutral_high'])
         lost = with_interval(row['lost'], row['lost_low'], row['lost_high'])
-        return [row['model'], row['target_name'], before, after, lost, row['days'], row['note']]
+        note = row['note'] if not row['days'] else ''
+        return [row['model'], row['target_name'], before, after, lost, row['days'], note]
     head = ['model', 'target', 'rank IC', 'neutral', 'lost', 'days', '']
     return markdown_table(head, [cells(row) for row in judged.iter_rows(named=True)])
 
-# %% ../nbs/04q_neutral.ipynb #neutral_section
-_MEANS = dict(market='beside the market: the return less its beta (of the 60 sessions before) '
-              'times the mean return of the day')
+# %% ../nbs/04q_neutral.ipynb #_of_models
+def _with_group(predictions, by, told):
+    "A table with the groups of another one, where it has none of its own"
+    if by in predictions.columns or by not in told.columns: return predictions
+    groups = told.select('date', 'code', by).unique(['date', 'code'])
+    return predictions.join(groups, on=['date', 'code'], how='left', maintain_order='left')
 
 def _of_models(result, frames, by, moves):
     "`neutral_ic` of everybody on the spoken target, of the last on all"
     parts = []
+    last = result.everything[result.last]
     for name, predictions in result.everything.items():
         if name != result.last:
             predictions = predictions.filter(pl.col('target_name') == frames.spoken)
+        if by != 'market': predictions = _with_group(predictions, by, last)
         parts.append(neutral_ic(predictions, by, moves).with_columns(model=pl.lit(name)))
     return pl.concat(parts)
+
+# %% ../nbs/04q_neutral.ipynb #_of_grouping
+_MEANS = dict(market='beside the market: the return less its beta (of the 60 sessions before) '
+              'times the mean return of the day')
 
 def _of_grouping(result, frames, by, moves, show):
     "The paragraphs of one grouping"
@@ -350,7 +364,7 @@ def _of_grouping(result, frames, by, moves, show):
     plot_neutral(judged.filter(pl.col('model') == result.last), fig.subplots())
     return [*told, show(f'neutral_{by}', fig)]
 
-# %% ../nbs/04q_neutral.ipynb #neutral_section-2
+# %% ../nbs/04q_neutral.ipynb #neutral_section
 def neutral_section(
     result,     # a `RunResult`
     frames,     # the `Frames` made of it
@@ -369,6 +383,6 @@ def neutral_section(
             if name == 'market' and moves is None: raise AtftError(why)
             told += _of_grouping(result, frames, name, moves, show)
         except AtftError as refused:
-            told.append(f'**{name}** cannot be said: {refused}.')
+            told.append(f'**{name}** cannot be said: {_reason(refused)}.')
     if not told: return []
     return ['## Neutral to groups and to the market', *told]
