@@ -15,6 +15,7 @@ __all__ = ['CAVEATS', 'rank_ic_table', 'difference_table', 'data_of', 'write_eva
 import shlex
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 
@@ -27,12 +28,17 @@ from .backtest import (
     target_weights)
 from .baselines import baselines, boosting, momentum, reversal, ridge, said_sees
 from .bars import open_panel
+from .benchmark import benchmark_section
+from .capacity import capacity_section
 from .core import AtftError
 from .correlation import rank_ic
+from .factors import factor_section
 from .html_report import html_of
 from .intervals import deflated_sharpe
 from .judge import (
-    compare, decay, decile_returns, evaluate, evaluate_by, plot_decay, plot_deciles)
+    compare, decay, decile_returns, delay_table, entry_delays, evaluate, evaluate_by, plot_decay,
+    plot_deciles)
+from .neutral import neutral_section
 from .pictures import plot_evaluation
 from .predictions import daily_ic, dense, load_predictions
 from .project import project_root
@@ -45,7 +51,7 @@ from .runs import RunFolder, crossing
 from .sentences import (
     alone, effect, label, said_number, said_rival, said_step, same, tried, verdict)
 from .sentences import tried as said_of_tries  # a parameter of the notebook is called tried
-from .tables import result_of_tables
+from .tables import about_tables, facts_of_tables, result_of_tables
 
 # %% ../nbs/04_eval.ipynb #handed_on
 _all_ = [METRICS, Trading, backtest, equal_weight, metric, performance,
@@ -194,16 +200,6 @@ def _made_of(config):
         found.append(f'- phase {phase["name"]}: {parts} on; loss {terms}')
     return ['\n'.join(found)]
 
-# %% ../nbs/04_eval.ipynb #_about_result
-def _about_tables(result):
-    "Where the predictions come from, and what stands beside them, in paragraphs"
-    files = '\n'.join(f'- {given.said}.' for given in result.tables)
-    return '\n\n'.join(part for part in (files, ' '.join(result.told)) if part)
-
-def _about_result(result):
-    "Of what the report is, in paragraphs"
-    return _about(result.configs) if result.configs else _about_tables(result)
-
 # %% ../nbs/04_eval.ipynb #_findings
 _MOST = 10 # rows of a finding that a report shows
 
@@ -253,16 +249,9 @@ def _command(run_dir, name, cost_bps, tried=None):
     options += f' -p tried {tried}' if tried else ''
     return f'papermill nbs/04_eval.ipynb -p run_dir {",".join(folders)}{options}'
 
-def _facts_of_tables(command, result):
-    "Provenance of tables without a run"
-    files = [f'{given.file or given.name} (SHA-256 {given.digest})' for given in result.tables]
-    panel = [] if result.panel is None else [f'{result.panel!r}; {result.panel.source}']
-    facts = provenance(command, '; '.join([*files, *panel]), 0, 0)
-    return {name: fact for name, fact in facts.items() if name not in ('seed', 'minutes')}
-
 def _facts(command, result):
     "Provenance of the training, as its folder tells it"
-    if not result.configs: return _facts_of_tables(command, result)
+    if not result.configs: return facts_of_tables(command, result)
     config = result.configs[0]
     data = f'{config["data"]["panel"]}; {config["data"]["source"]}'
     facts = provenance(command, data, config['run']['seed'], result.minutes)
@@ -276,6 +265,11 @@ class _Report:
     frames:Frames
     shown:dict       # name of a figure -> the markdown that shows it
     terms:str        # how it is traded, in words
+    trading:Trading = Trading() # the same
+    prices:object = None        # what is traded on; None: the 1d target's returns
+    benchmark:object = None     # what is set against it: a path or a table
+    neutral:tuple = ()          # names of groupings; (): those that are there
+    show:object = None          # (name, figure) -> markdown; None: no picture
 
     def picture(self, name): return [self.shown[name]] if name in self.shown else []
 
@@ -319,19 +313,16 @@ def _steps(report):
             'the weights it was given.',
             difference_table(report.frames.pairs), *report.picture('steps')]
 
-def _decay_table(decayed):
-    "Rank IC by target and by how late it is acted on"
-    delays = decayed['delay'].unique().sort().to_list()
-    rows = []
-    for (target,), part in named(decayed).group_by('target_name', maintain_order=True):
-        cells = {row['delay']: _rank_ic_cell(row) for row in part.iter_rows(named=True)}
-        rows.append([label(target), *(cells.get(delay, '') for delay in delays)])
-    return table(['acted on so many sessions late', *delays], rows)
+def _decay_table(predictions):
+    "Rank IC by target and by how late it is entered"
+    found = delay_table(entry_delays(predictions))
+    head = ['entered so many sessions late', *found.columns[1:]]
+    return table(head, [[label(name), *cells] for name, *cells in found.rows()])
 
 def _reach(report):
     groups = [_group_table(found, by) for by, found in report.frames.groups.items()]
     return ['## How long it lasts, and how well the quantiles fit', *report.picture('decay'),
-            _decay_table(report.frames.decayed),
+            _decay_table(report.result.everything[report.result.last]),
             '## Where it lives', *groups]
 
 # %% ../nbs/04_eval.ipynb #_profit
@@ -341,6 +332,20 @@ def _profit(report):
     notes = ['\n'.join(f'- {note}.' for note in trades.notes)] if trades.notes else []
     return ['## Deciles and costs', *report.picture('deciles'), traded, *notes,
             *report.picture('profit')]
+
+# %% ../nbs/04_eval.ipynb #_further
+def _neutral(report):
+    result = report.result
+    return neutral_section(result, report.frames, report.neutral, result.panel, report.prices,
+                           report.show)
+
+def _further(report):
+    "What else is asked of the account"
+    made = report.result, report.frames
+    prices, trading, show = report.prices, report.trading, report.show
+    return [*benchmark_section(*made, report.benchmark, prices, trading, show),
+            *capacity_section(*made, trading, prices, show),
+            *factor_section(*made, report.result.panel, prices, trading, show)]
 
 # %% ../nbs/04_eval.ipynb #_sections
 def _attribution(report):
@@ -361,7 +366,7 @@ def _said_once(configs):
 def _sections(report):
     "Everything below the head"
     return ['## The data', *data_of(report.result), *_ranking(report), *_steps(report),
-            *_reach(report), *_profit(report),
+            *_reach(report), *_neutral(report), *_profit(report), *_further(report),
             '## With everything in mind that was tried',
             *said_of_tries(report.result, report.frames),
             *_attribution(report), '## What to keep in mind',
@@ -383,6 +388,9 @@ def _show_figures(result, frames, report):
         shown['attribution'] = f'![attribution]({quote(copy.name)})'
     return shown
 
+# %% ../nbs/04_eval.ipynb #_shown_beside
+def _shown_beside(report, name, figure): return save_figure(figure, report, name)
+
 # %% ../nbs/04_eval.ipynb #write_evaluation
 def write_evaluation(
     result:RunResult,
@@ -394,15 +402,21 @@ def write_evaluation(
     title:str='Evaluation',
     told:dict|None=None,     # what stands in its table instead of what the folders tell
     more:tuple[str, ...]=(), # paragraphs before the section on the data
+    benchmark=None,          # a path or a table, see `read_benchmark`
+    neutral:tuple[str, ...]=(), # names of groupings; (): those that are there
 )->list[str]:                # the sentences of its verdict
     "Write the report of a result"
     frames = make_frames(result, trading, cost_bps, prices)
     sentences = verdict(result, frames.evaluations, frames.pairs, cost_bps, frames.trades)
     facts = _facts(command, result) | (told or {})
     shown = _show_figures(result, frames, report)
-    sections = _sections(_Report(result, frames, shown, _terms_of(trading)))
+    terms = trading or Trading(spread_bps=2*cost_bps)
+    show = partial(_shown_beside, report)
+    sections = _sections(_Report(result, frames, shown, _terms_of(trading), terms, prices,
+                                 benchmark, neutral, show))
+    about = _about(result.configs) if result.configs else about_tables(result)
     write_text(report, [f'# {title}', *(f'- {s}' for s in sentences), provenance_table(facts),
-                        _about_result(result), *more, *sections])
+                        about, *more, *sections])
     return sentences
 
 # %% ../nbs/04_eval.ipynb #write_report
@@ -454,7 +468,8 @@ def write_asked(
     report = report_path(asked.folder, asked.name or default_name(spoken))
     prices, told = _held_prices(asked, result)
     sentences = write_evaluation(result, report, asked.command, asked.cost_bps, asked.trading,
-                                 prices, told=told)
+                                 prices, told=told, benchmark=asked.benchmark,
+                                 neutral=asked.neutral)
     _write_verdicts(asked.runs, report, sentences)
     if asked.html: html_of(report)
     return report

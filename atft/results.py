@@ -343,9 +343,8 @@ def trade(
     shuffled = random_portfolios(last, trading=trading, **options) if luck else None
     equal = _worth(equal_weight(last), year) if '1d' in target_names(last) else None
     how = trading.side.replace('_', '-')
-    every = getattr(trading, 'rebalance', None) or 1
     return Trades(how, cost, daily, gross, net, by_cost, sharpes, shuffled, equal, notes=notes,
-                  every=every)
+                  every=trading.rebalance)
 
 # %% ../nbs/04e_results.ipynb #Doubts
 class Doubts(NamedTuple):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FEWEST', 'named_sources', 'Given', 'read_model', 'with_panel_targets', 'with_close_targets', 'judgeable',
-           'past_split', 'beside', 'result_of_tables']
+           'past_split', 'beside', 'result_of_tables', 'about_tables', 'facts_of_tables']
 
 # %% ../nbs/04m_tables.ipynb #imports
 import hashlib
@@ -24,6 +24,7 @@ from .places import name_of, place
 from .predictions import _name_of, load_predictions, targets_in
 from .prices import _calendar, _codes_without, _grid
 from .project import project_root
+from .reports import provenance
 from .results import RunResult, _with_groups, spoken_target
 from .sessions import sessions_per_year
 from .tried import Tried
@@ -391,3 +392,21 @@ def result_of_tables(
     found = () if panel is None else (getattr(panel, 'findings', {}),)
     return RunResult([], phases, made, 0., counted.total, 0, [], _year_of(first, panel, prices),
                      found, counted, tuple(tables), tuple(said), panel)
+
+# %% ../nbs/04m_tables.ipynb #about_tables
+def about_tables(
+    result:RunResult, # from `result_of_tables`
+)->str:               # paragraphs
+    "Where the predictions come from, and what stands beside them"
+    files = '\n'.join(f'- {given.said}.' for given in result.tables)
+    return '\n\n'.join(part for part in (files, ' '.join(result.told)) if part)
+
+def facts_of_tables(
+    command:str,      # what a reader types to make the report again
+    result:RunResult, # from `result_of_tables`
+)->dict:
+    "Provenance of tables without a run: no training has a seed or minutes"
+    files = [f'{given.file or given.name} (SHA-256 {given.digest})' for given in result.tables]
+    panel = [] if result.panel is None else [f'{result.panel!r}; {result.panel.source}']
+    facts = provenance(command, '; '.join([*files, *panel]), 0, 0)
+    return {name: fact for name, fact in facts.items() if name not in ('seed', 'minutes')}
