@@ -208,6 +208,7 @@ def read_asked(
 
 # %% ../nbs/04t_asked.ipynb #read_prices
 _COLUMNS = ('close', 'open', 'high', 'low', 'volume', 'dollar_volume')
+_MADE = 'dollar volumes made of close times volume'
 _BEFORE = timedelta(days=730) # of history, for what looks back
 
 def read_prices(
@@ -217,7 +218,11 @@ def read_prices(
     "Prices in memory"
     taken = take(prices, _COLUMNS, name='backtest: prices', optional=_COLUMNS[1:])
     rows = taken.table.filter(pl.col('date') >= first-_BEFORE).collect(engine='streaming')
-    return Taken(rows.lazy(), taken.files, taken.counts, taken.examples)
+    counts = dict(taken.counts)
+    if 'volume' in rows.columns and 'dollar_volume' not in rows.columns:
+        rows = rows.with_columns(dollar_volume=pl.col('close')*pl.col('volume'))
+        counts[_MADE] = len(rows)
+    return Taken(rows.lazy(), taken.files, counts, taken.examples)
 
 def said_prices(
     prices:Taken, # from `read_prices`
@@ -227,5 +232,6 @@ def said_prices(
     rows = prices.table.select('date', 'code').collect()
     if not len(rows): return f'{path}, no row'
     days = rows['date']
+    made = '; dollar volume is close times volume' if _MADE in prices.counts else ''
     return (f'{path}, {len(rows):,} rows of {rows["code"].n_unique():,} codes on '
-            f'{days.n_unique():,} days, {days.min()} .. {days.max()}')
+            f'{days.n_unique():,} days, {days.min()} .. {days.max()}{made}')
