@@ -174,6 +174,14 @@ def _least_squares(y, x):
     "[1+K] coefficients with the intercept first"
     return np.linalg.lstsq(np.column_stack([np.ones(len(y)), x]), y, rcond=None)[0]
 
+def _alpha_of(sample):
+    "The intercept of [T, 1+K] drawn days, by the normal equations: a draw is one of a thousand"
+    mean = sample.mean(0)
+    apart = sample-mean
+    both = np.einsum('tk,tl->kl', apart[:, 1:], apart)  # too small for threads to be worth it
+    slopes = np.linalg.lstsq(both[:, 1:], both[:, 0], rcond=None)[0]
+    return mean[0]-mean[1:]@slopes
+
 def _errors(y, x, coefficients):
     "[1+K] standard errors for dependent days (Newey and West, 1987)"
     all_x = np.column_stack([np.ones(len(y)), x])
@@ -249,8 +257,8 @@ def attribute(
     "Least squares of gross daily returns on factor returns; contributions add up to the mean"
     found = _sample(daily, factors)
     year = sessions_a_year or sessions_per_year(found.dates)
-    def alpha_of(sample): return _least_squares(sample[:, 0], sample[:, 1:])[0]
-    ends = bootstrap_interval(np.column_stack([found.y, found.x]), alpha_of, draws)
+    together = np.column_stack([found.y, found.x/found.x.std(0)])  # alpha does not change by it
+    ends = bootstrap_interval(together, _alpha_of, draws)
     frame = _contributions(found, year, ends)
     coefficients = _least_squares(found.y, found.x)
     rest = found.y-coefficients[0]-found.x@coefficients[1:]
