@@ -108,8 +108,8 @@ def sectors_of(
 # %% ../nbs/04r_factors.ipynb #_sector_returns
 def _sector_returns(moves, sectors):
     "sector -> [D] its mean return less that of the others, without the sector of most names"
-    names = sectors['sector'].value_counts(sort=True).sort('count', 'sector', descending=[True, False])
-    names = names['sector'].to_list()
+    sizes = sectors['sector'].value_counts()
+    names = sizes.sort('count', 'sector', descending=[True, False])['sector'].to_list()
     number = pl.col('sector').replace_strict({name: n for n, name in enumerate(names)})
     of_code = _matrix(sectors.with_columns(number=number), moves.days, moves.codes, 'number')
     out = {}
@@ -174,6 +174,14 @@ def _least_squares(y, x):
     "[1+K] coefficients with the intercept first"
     return np.linalg.lstsq(np.column_stack([np.ones(len(y)), x]), y, rcond=None)[0]
 
+def _alpha_of(sample):
+    "The intercept of [T, 1+K] drawn days, by the normal equations: a draw is one of a thousand"
+    mean = sample.mean(0)
+    apart = sample-mean
+    both = np.einsum('tk,tl->kl', apart[:, 1:], apart)  # too small for threads to be worth it
+    slopes = np.linalg.lstsq(both[:, 1:], both[:, 0], rcond=None)[0]
+    return mean[0]-mean[1:]@slopes
+
 def _errors(y, x, coefficients):
     "[1+K] standard errors for dependent days (Newey and West, 1987)"
     all_x = np.column_stack([np.ones(len(y)), x])
@@ -199,8 +207,9 @@ def _check_sample(sample):
                         f'{max(20, 3*(len(sample.names)+1))} days or fewer factors')
     if not np.ptp(sample.y): raise AtftError('attribute: the account earns the same every day')
     spread = sample.x.std(0)
+    scaled = (sample.x-sample.x.mean(0))/np.where(spread, spread, 1)
     for k, name in enumerate(sample.names):
-        so_far = (sample.x[:, :k+1]-sample.x[:, :k+1].mean(0))/np.where(spread[:k+1], spread[:k+1], 1)
+        so_far = scaled[:, :k+1]
         if np.linalg.matrix_rank(so_far, tol=1e-8*len(so_far)) < k+1:
             raise AtftError(f'attribute: factor {name!r} is constant or a mix of those before it; '
                             'leave it out')
@@ -249,8 +258,8 @@ def attribute(
     "Least squares of gross daily returns on factor returns; contributions add up to the mean"
     found = _sample(daily, factors)
     year = sessions_a_year or sessions_per_year(found.dates)
-    def alpha_of(sample): return _least_squares(sample[:, 0], sample[:, 1:])[0]
-    ends = bootstrap_interval(np.column_stack([found.y, found.x]), alpha_of, draws)
+    together = np.column_stack([found.y, found.x/found.x.std(0)])  # alpha does not change by it
+    ends = bootstrap_interval(together, _alpha_of, draws)
     frame = _contributions(found, year, ends)
     coefficients = _least_squares(found.y, found.x)
     rest = found.y-coefficients[0]-found.x@coefficients[1:]
@@ -283,7 +292,8 @@ def plot_contributions(
     if len(alpha): ax.plot([alpha['low'][0]*100, alpha['high'][0]*100], [0, 0], color='k', lw=1)
     ax.axvline(0, color='k', lw=.8)
     ax.set(xlabel='% a year')
-    ax.set_title(plain(title) or f'gross return of {found.total:+.1%} a year, by what it was paid for')
+    usual = f'gross return of {found.total:+.1%} a year, by what it was paid for'
+    ax.set_title(plain(title) or usual)
     return fig
 
 # %% ../nbs/04r_factors.ipynb #_dated
@@ -324,7 +334,8 @@ def _attribution_table(found):
         mean = '' if is_alpha else f'{row["mean"]:+.1%}'
         rows.append([row['factor'], coefficient, f'{row["t"]:+.1f}', mean,
                      f'{row["contribution"]:+.1%}', f'{row["share"]:+.0%}'])
-    return markdown_table(['factor', 'coefficient', 't', 'factor a year', 'contributes', 'share'], rows)
+    head = ['factor', 'coefficient', 't', 'factor a year', 'contributes', 'share']
+    return markdown_table(head, rows)
 
 # %% ../nbs/04r_factors.ipynb #_others
 def _others_table(accounts, factors, last):

@@ -209,6 +209,7 @@ def plot_decay(
 def _paired_late(one, late):
     "[D-late] what each day's rank IC loses with predictions of `late` days of the table before"
     days = len(one.dates)
+    if not late: return np.zeros(days)
     if late >= days: return np.empty(0)
     before = one.prediction[:days-late]
     fresh = one.prediction[late:]

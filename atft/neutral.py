@@ -261,10 +261,11 @@ def neutral_ic(
     for horizon, name in targets_in(table):
         of_target = pl.col('target_name') == name
         left_out = len(there.filter(of_target))-len(found.kept.filter(of_target))
+        what = dict(by=by, horizon=horizon, target_name=name)
         counts = dict(left_out=left_out, small=len(found.small.filter(of_target)))
         judged = _neutral_row(daily.filter(of_target), horizon)
         note = judged.pop('note')
-        rows.append(dict(by=by, horizon=horizon, target_name=name) | judged | counts | dict(note=note))
+        rows.append(what | judged | counts | dict(note=note))
     types = dict.fromkeys(_NUMBERS, pl.Float64)
     return pl.DataFrame(rows, schema_overrides=types).fill_nan(None)
 
@@ -315,7 +316,8 @@ def _said_left_out(judged):
     by = judged['by'][0]
     if by == 'market':
         return (f'At most {left_out:,} rows of a model are left out, because their beta has fewer '
-                'than 30 known returns in the 60 sessions before; the plain figure is made without them as well.')
+                'than 30 known returns in the 60 sessions before; the plain figure is made without '
+                'them as well.')
     return (f'At most {left_out:,} rows of a model are left out: without {by}, or in one of up to '
             f'{int(judged["small"].max()):,} groups of a day with fewer than {MIN_NAMES} names; '
             'the plain figure is made without them as well.')
