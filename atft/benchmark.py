@@ -20,7 +20,7 @@ from .forms import parts_of
 from .intake import take
 from .intervals import bootstrap_interval
 from .predictions import dense, load_predictions
-from .prices import market_of
+from .prices import _COUNTED, market_of
 from .reports import table as as_markdown
 from .reports import with_interval
 from .results import as_asked, spoken_target
@@ -107,8 +107,7 @@ def read_benchmark(
     source, # path or table: date and close or return; with code or wide: several
 )->Read:
     "Benchmarks as levels by day; rows that are left out are counted"
-    counts = Counter()
-    parts = parts_of(source, 'benchmark', counts, None)
+    parts = parts_of(source, 'benchmark', Counter(), None)
     table = pl.concat([_as_long(part).lazy() for part in parts], how='diagonal_relaxed')
     taken = take(table, ('close', 'return'), name='benchmark', optional=('close', 'return'))
     rows = taken.table.collect()
@@ -116,11 +115,12 @@ def read_benchmark(
     if len(missing) == 2:
         raise AtftError('benchmark: there is neither a column close nor a column return; name one so')
     rows = rows.with_columns(pl.lit(None, pl.Float64).alias(c) for c in missing)
+    counts = Counter()
     levels = {}
     for (code,), mine in rows.group_by('code', maintain_order=True):
         levels[str(code)] = _level(mine, counts)
-    said = tuple(f'{n:,} {what} left out' for what, n in (counts+Counter(taken.counts)).items() if n)
-    return Read(levels, said)
+    counts.update({what: taken.counts.get(what, 0) for what in _COUNTED})
+    return Read(levels, tuple(f'{n:,} {what} left out' for what, n in counts.items() if n))
 
 # %% ../nbs/04p_benchmark.ipynb #benchmark_returns
 def _places(dates, at, lag):
