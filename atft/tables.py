@@ -170,10 +170,12 @@ def read_model(
     if reading.wide is None and _is_matrix(columns):
         reading = _as_matrix(reading)
         notes = ('read as a matrix, a column for each code',)
-    which = _meant(columns, which, has_prices)
-    try: table = load_predictions(source, reading, which, needs_target=False)
+    meant = _meant(columns, which, has_prices)
+    try: table = load_predictions(source, reading, meant, needs_target=False)
     except AtftError as error: raise _asks(name, error) from None
-    if not {'horizon', 'target_name'} & set(columns): notes += (f'its target is {_name_of(which)}, as told',)
+    if not {'horizon', 'target_name'} & set(columns):
+        why = 'as told' if which is not None else 'since it tells none and prices make it'
+        notes += (f'its target is {_name_of(meant)}, {why}',)
     table, said = _of_test(table)
     return table, notes+said
 

@@ -128,7 +128,7 @@ def test_targets_made_of_closes_look_from_the_close_of_the_day(mine, bars):
     assert len(both) > 1000 and (both['known']-both['target']).abs().max() < 1e-12
     assert found.filter(pl.col('date') == found['date'].max())['target'].is_null().all()
     assert 'targets are made of closes' in ' '.join(result.tables[0].notes)
-    assert 'its target is 1d, as told' in result.tables[0].notes
+    assert 'its target is 1d, since it tells none and prices make it' in result.tables[0].notes
 
 
 def test_prices_after_a_day_change_no_target_before_it(mine, bars):
