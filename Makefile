@@ -24,7 +24,7 @@ env: .venv/.installed ## make the environment in .venv
 
 run: env ## train phases 0 to 4 on the embedded market, then write the report
 	$(BIN)/papermill nbs/03_phases.ipynb -p phase 0-4 -p max_epochs $(EPOCHS) -p run_dir $(RUN) -p report_dir reports
-	$(BIN)/papermill nbs/04_eval.ipynb -p run_dir $(RUN)
+	$(BIN)/papermill nbs/04_eval.ipynb -p run_dir $(RUN) -p report_dir reports
 	@echo; cat $(RUN)/verdict.txt
 
 # threads that take turns on a core cost twice the time; a fifth of the tests' time is waiting, so three share two cores
@@ -34,7 +34,7 @@ test: env ## run every test: the notebooks, then tests/ (DATA=folder of market d
 	$(ONE_THREAD) $(BIN)/python -m pytest -q -n 3 --dist worksteal --durations 12 $(if $(DATA),--data $(DATA)) $(if $(GOLDEN),--golden $(GOLDEN)) tests
 
 report: env ## write the evaluation report of a run: make report RUN=runs/NAME
-	$(BIN)/papermill nbs/04_eval.ipynb -p run_dir $(RUN)
+	$(BIN)/papermill nbs/04_eval.ipynb -p run_dir $(RUN) -p report_dir reports
 
 SEEDS ?= 0
 YEARS ?=

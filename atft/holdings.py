@@ -9,25 +9,39 @@ __all__ = ['weights_of', 'read_holdings', 'with_trades']
 from collections import Counter
 from datetime import date as Date
 
+import numpy as np
 import polars as pl
 
-from .backtest import Trading, target_weights
+from .choices import schedule, weights_after
 from .core import AtftError
 from .forms import parts_of
 from .intake import take
 from .predictions import dense, load_predictions
+from .trading import Trading
 
 # %% ../nbs/04l_holdings.ipynb #weights_of
+def _held_by(codes, held):
+    "[N] shares of the account that are held, 0 where nothing is"
+    if held is None: return np.zeros(len(codes))
+    share = dict(held.select('code', 'held').iter_rows())
+    return np.array([share.get(code, 0.) for code in codes])
+
 def weights_of(
     table:pl.DataFrame, # forecasts of the last days: date, code, horizon, target_name, prediction
     name:str,           # of the target that is traded
     trading:Trading,
+    held:pl.DataFrame|None=None, # before the first choice, from `read_holdings`; for `keep` alone
+    choices:list|None=None, # days that choose; None: the first one, and every `rebalance`-th after it
 )->pl.DataFrame:        # code, weight; of every code that is forecast on one of the days
     "What to hold after the last day, in shares of the account"
     rows = load_predictions(table.with_columns(target=pl.lit(None, pl.Float64)))
+    apart = 1 if choices is None else trading.rebalance
+    if choices is not None: rows = rows.filter(pl.col('date').is_in(choices))
     chosen = dense(rows, name)
-    weights = target_weights(chosen.prediction, trading, chosen.horizon)[-1]
-    return pl.DataFrame(dict(code=chosen.codes, weight=weights.numpy()))
+    plan = schedule(apart*np.arange(len(chosen.dates)), trading.rebalance)
+    before = _held_by(chosen.codes, held)
+    weights, _ = weights_after(chosen.prediction.numpy(), trading, chosen.horizon, plan, before)
+    return pl.DataFrame(dict(code=chosen.codes, weight=weights[-1]))
 
 # %% ../nbs/04l_holdings.ipynb #read_holdings
 def read_holdings(

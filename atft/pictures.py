@@ -34,7 +34,7 @@ def _plot_cumulative(ax, result, frames):
         ax.fill_between(last['date'], *ends, alpha=.15, color='.4', lw=0)
     spoken = plain(label(frames.spoken))
     name = plain(result.last)
-    ax.set(title=f'cumulative rank IC, {spoken}; band: phase {name}, mean with its interval')
+    ax.set(title=f'cumulative rank IC, {spoken}; band: {result.word} {name}, mean with its interval')
     ax.tick_params(axis='x', rotation=20)
     ax.legend(frameon=False, fontsize=7)
 
@@ -141,7 +141,7 @@ def _plot_deciles(name, deciles):
     fig = plt.figure(figsize=(11, 2.4), constrained_layout=True)
     axes = fig.subplots(1, len(deciles), squeeze=False)
     for ax, (target, found) in zip(axes[0], deciles.items()):
-        plot_deciles(found, ax, f'phase {name}, {label(target)}')
+        plot_deciles(found, ax, f'{name}, {label(target)}')
     return fig
 
 # %% ../nbs/04f_pictures.ipynb #plot_evaluation
@@ -152,7 +152,7 @@ def plot_evaluation(
     "The pictures of a report"
     reach = _plot_reach(frames.decayed, frames.evaluations[result.last])
     out = dict(cumulative_rank_ic=_plot_rank_ic(result, frames), decay=reach,
-               deciles=_plot_deciles(result.last, frames.deciles))
+               deciles=_plot_deciles(f'{result.word} {result.last}', frames.deciles))
     if len(frames.pairs): out['steps'] = _plot_steps(frames.pairs)
     if not frames.trades.why: out['profit'] = _plot_profit(frames.trades)
     return out

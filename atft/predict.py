@@ -18,7 +18,6 @@ import numpy as np
 import polars as pl
 from fastcore.docments import docments
 
-from .backtest import Trading
 from .core import AtftError, atomic_path, recipe_key, write_json
 from .data import OnlineRobustScaler, Split, as_day
 from .door import DoorSpec
@@ -34,6 +33,7 @@ from .processes import Processes
 from .project import project_root
 from .results import spoken_target
 from .runs import RunFolder, _other_code
+from .trading import Trading
 
 # %% ../nbs/04j_predict.ipynb #runs_of
 def runs_of(
@@ -265,21 +265,31 @@ def _spoken(panel, target):
     if name in names: return name
     raise AtftError(f'predict: no target {target!r}; the run has {", ".join(names)}')
 
-def _wanted(shared, at, name):
-    "The days that a rule needs whose choices are held as long as the target spans"
+def _choices_of(shared, at, name, trading):
+    "The places of the choices that are held after a day: every so many from where its part begins"
     horizon = next(t.horizon for t in shared.panel.spec.labels if t.name == name)
     first, _ = _part_of(shared, at)
-    return range(max(first, at-horizon+1), at+1)
+    every = trading.rebalance
+    last = at-(at-first)%every
+    parts = max(1, round(horizon/every))
+    return range(max(first+(last-first)%every, last-(parts-1)*every), last+1, every)
 
-def _recent(opened, name, graph):
-    "The forecasts of the days that the rule needs; and what the first run shared"
+def _recent(opened, name, trading, graph):
+    "The forecasts of the days that choose and of the day itself; what the first run shared; these days"
     tables = []
     for run, number in zip(opened.runs, opened.numbers):
         shared, state = _reopened(run, opened.panel, number, graph)
         if not tables: first = shared
         net = _network(run, shared, state)
-        tables.append(_forecast(run, shared, net, _wanted(shared, opened.at, name)))
-    return _as_one(tables), first
+        choices = _choices_of(shared, opened.at, name, trading)
+        tables.append(_forecast(run, shared, net, sorted({*choices, opened.at})))
+    return _as_one(tables), first, [first.panel.dates[place].item() for place in choices]
+
+def _weights(opened, recent, name, trading, held, choices):
+    "What to hold: a choice, or between two of them what is held"
+    is_chosen = choices[-1] == opened.panel.dates[opened.at].item()
+    if held is not None and not is_chosen: return held.select('code', weight='held')
+    return weights_of(recent, name, trading, held, choices)
 
 # %% ../nbs/04j_predict.ipynb #_facts
 def _age(shared, at):
@@ -296,6 +306,13 @@ def _positions(table, name):
     if 'trade' not in table.columns: return found
     stays = mine.filter(pl.col('rank').is_null())['code'].to_list()
     return found | dict(traded=float(mine['trade'].abs().sum()), stays=stays)
+
+def _chosen(opened, trading, held, choices):
+    "When the weights were chosen, when that is done next, and from what a buffer began"
+    dates = opened.panel.dates
+    since = opened.at-int(np.searchsorted(dates, np.datetime64(choices[-1])))
+    return dict(on=str(choices[-1]), since=since, next_in=trading.rebalance-since,
+                first=str(choices[0]), beside=len(choices), from_holdings=held is not None)
 
 def _facts(opened, shared, table, name, trading):
     "All that is kept beside a ranking"
@@ -331,11 +348,12 @@ def rank_today(
     name = _spoken(opened.panel, target)
     held = None if holdings is None else read_holdings(holdings, opened.panel.codes)
     trading = trading or Trading()
-    recent, shared = _recent(opened, name, graph)
+    recent, shared, choices = _recent(opened, name, trading, graph)
     day = opened.panel.dates[opened.at].item()
-    table = recent.filter(pl.col('date') == day)
-    table = with_trades(table, weights_of(recent, name, trading), name, held)
-    return Today(day, table, _facts(opened, shared, table, name, trading))
+    weights = _weights(opened, recent, name, trading, held, choices)
+    table = with_trades(recent.filter(pl.col('date') == day), weights, name, held)
+    facts = _facts(opened, shared, table, name, trading)
+    return Today(day, table, facts | dict(choice=_chosen(opened, trading, held, choices)))
 
 # %% ../nbs/04j_predict.ipynb #said_today
 def _some(names, most=3):
@@ -356,6 +374,27 @@ def _said_positions(positions):
     stays = positions['stays']
     return line+(f'; {len(stays):,} held codes do not trade and stay: {_some(stays)}' if stays else '')
 
+def _said_rest(choice):
+    "What becomes of a day between two choices, or when the next one is"
+    after = f'the next in {choice["next_in"]} sessions'
+    if not choice['since']: return f'choice: of today, {after}'
+    held = ('what is held stays' if choice['from_holdings'] else
+            'the weights are those of that choice')
+    return f'choice: of {choice["on"]}, {after}; nothing is traded today, {held}'
+
+def _said_choice(choice, trading):
+    "When the weights were chosen, and from what a buffer began; nothing where all is chosen daily"
+    said = [_said_rest(choice)] if trading['rebalance'] > 1 else []
+    if trading['keep'] is None: return said
+    begins = f'buffer: keep={trading["keep"]:g}'
+    if not choice['from_holdings']:
+        said.append(f'{begins}, and no holdings are given: a fresh start with the choice of '
+                    f'{choice["first"]}; --holdings FILE goes on from what is held')
+    elif choice['beside'] > 1 and not choice['since']:
+        said.append(f'{begins}, {choice["beside"]} choices are held beside each other: those before '
+                    'today are made again, from what is held')
+    return said
+
 def said_today(
     today:Today,
 )->list[str]: # lines
@@ -373,7 +412,8 @@ def said_today(
         f'features: {_said_share("clipped", facts["clipped"])}; '
         f'{_said_share("missing", facts["missing"])}',
         f'codes: {len(unseen):,} never seen in training'+(f' ({_some(unseen)})' if unseen else ''),
-        f'weights, {_said_positions(facts["positions"])}']
+        f'weights, {_said_positions(facts["positions"])}',
+        *_said_choice(facts['choice'], facts['trading'])]
 
 # %% ../nbs/04j_predict.ipynb #write_today
 FORMS = ('.parquet', '.csv')
@@ -398,7 +438,7 @@ def write_today(
     return path
 
 # %% ../nbs/04j_predict.ipynb #_read_line
-HELD_BY = ('side', 'share', 'top', 'cap') # fields of `Trading` that decide what is held
+HELD_BY = ('side', 'share', 'top', 'cap', 'keep', 'rebalance') # fields of `Trading` that decide what is held
 
 @dataclass(frozen=True)
 class PredictSpec:

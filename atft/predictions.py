@@ -40,18 +40,26 @@ COLUMNS = ('date', 'code', 'horizon', 'prediction', 'target')
 KEYS = ('horizon', 'target_name', 'date', 'code')
 FURTHER = ('q10', 'q50', 'q90', 'dollar_volume') # numbers that are used where they are there
 
-def _read(source, reading=Reading()):
+def _with_target(table, which):
+    "The table with the target that somebody told, which it does not tell itself"
+    names = table.collect_schema().names()
+    if 'horizon' in names or 'target_name' in names: return table
+    if which is not None: return table.with_columns(target_name=pl.lit(_name_of(which)))
+    raise AtftError(f"predictions: no column 'horizon' (found {', '.join(names)}); add it, "
+                    'or target_name; 5 means the return of five sessions')
+
+def _read(source, reading=Reading(), which=None, needs_target=True):
     "Whatever holds a table, as a polars table with all columns that are needed"
     how = dict(reading=reading, name='predictions', keep='all', drop_twice=None,
-               keys=('date', 'code', 'horizon', 'target_name'))
+               keys=('date', 'code', 'horizon', 'target_name'),
+               optional=() if needs_target else ('target',))
     table = take(source, ('prediction', 'target'), **how).table
     schema = table.collect_schema()
     text = tuple(c for c in FURTHER if schema.get(c) == pl.String)
     if text:
         table = take(source, ('prediction', 'target', *text), **how).table
-    if 'horizon' not in schema and 'target_name' not in schema:
-        raise AtftError(f"predictions: no column 'horizon' (found {', '.join(schema)}); add it, "
-                        'or target_name; 5 means the return of five sessions')
+    table = _with_target(table, which)
+    if 'target' not in schema: table = table.with_columns(target=pl.lit(None, pl.Float64))
     return table.collect()
 
 # %% ../nbs/04a_predictions.ipynb #_with_horizons
@@ -154,9 +162,11 @@ def _refuse_contradictions(table):
 def load_predictions(
     source, # path of a file or folder, polars, pandas or arrow table with `COLUMNS`, or more
     reading:Reading=Reading(), # what only the owner of the table knows: names, form of dates, zone
+    which=None,                # the target, where the table does not tell it: 5, '5d'
+    needs_target:bool=True,    # False: a table without the column gets unknown targets
 )->pl.DataFrame: # prediction and target Float64, null where unknown; sorted by `KEYS`
     "Anyone's predictions, checked; `horizon` or `target_name` may be missing"
-    table = _with_names(_with_horizons(_read(source, reading)))
+    table = _with_names(_with_horizons(_read(source, reading, which, needs_target)))
     table = table.with_columns(_number('prediction'), _number('target'))
     if not _in_order(table):
         table = table.sort(KEYS)

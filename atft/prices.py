@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import polars as pl
 
+from .choices import Schedule, schedule
 from .core import AtftError
 from .intake import Taken, take
 from .predictions import dense, targets_in
@@ -31,7 +32,23 @@ class Market(NamedTuple):
     depth:np.ndarray|None = None # [T, N] of `Step`; NaN where it is not known
     sessions_a_year:int = 252    # of the calendar
     notes:tuple[str, ...] = ()   # what a reader must know of the prices
-    every:int = 1                # sessions from one decision to the next
+    plan:Schedule|None = None    # which days of the predictions choose
+    volume:np.ndarray|None = None # [T, N] mean traded value of a day, known at the decision
+
+    @property
+    def every(self): return self.plan.every  # sessions from one choice to the next
+
+# %% ../nbs/04h_prices.ipynb #_planned
+def _planned(decided, plan):
+    "What is done at each step, where only some days choose: the others hold"
+    skips = (decided >= 0) & ~plan.chooses[decided]
+    return np.where(skips, HELD, decided)
+
+def _said_plan(plan, trading):
+    "That choices cannot be made as often as meant, in a sentence"
+    if trading.rebalance == 1 or plan.every == trading.rebalance: return ()
+    return (f'rebalance={trading.rebalance}, and by the days of the predictions a choice is made every '
+            f'{plan.every} sessions',)
 
 # %% ../nbs/04h_prices.ipynb #one_day
 def one_day(predictions):
@@ -64,11 +81,13 @@ def _from_targets(chosen, predictions, trading):
     known = one.target.isfinite().numpy()
     tradable = chosen.prediction.isfinite().numpy() | known
     late = int(trading.entry == 'next_close')
-    decided = np.maximum(np.arange(len(chosen.dates))-late, -1)
+    days = np.arange(len(chosen.dates))
+    plan = schedule(days, trading.rebalance)
+    decided = _planned(np.maximum(days-late, -1), plan)
     returns = np.where(known, one.target.numpy(), 0.)
     year = trading.sessions_a_year or sessions_per_year(chosen.dates)
     return Market(chosen.dates, chosen.codes, decided, returns, known, tradable,
-                  np.zeros_like(tradable), sessions_a_year=year,
+                  np.zeros_like(tradable), sessions_a_year=year, plan=plan,
                   notes=_said_rare(sessions_per_year(chosen.dates)))
 
 # %% ../nbs/04h_prices.ipynb #_needed
@@ -179,8 +198,8 @@ def _moves(rows, calendar, codes):
     moves[1:] = close[1:]/_last_known(close)[:-1]-1
     return moves
 
-def _depth(rows, calendar, codes, trading):
-    "[days, codes] of `Step`, NaN where volume or volatility is unknown or 0"
+def _depth(rows, calendar, codes, trading, wanted=slice(None)):
+    "Mean volume and depth of `Step` on the wanted days [days, codes]; NaN where either is unknown or 0"
     before = rows.filter(pl.col('date') < calendar[0])['date'].unique().sort()[-40:].to_list()
     days = before+calendar
     volume = _rolling_mean(_grid(rows, days, codes, 'dollar_volume', least=-1e-300))
@@ -188,7 +207,7 @@ def _depth(rows, calendar, codes, trading):
     is_known = (volume > 0) & (variance > 0)
     share = np.divide(variance*trading.capital, volume, where=is_known,
                       out=np.full(volume.shape, np.nan))
-    return trading.impact*np.sqrt(share[len(before):])
+    return volume[len(before):][wanted], trading.impact*np.sqrt(share[len(before):][wanted])
 
 # %% ../nbs/04h_prices.ipynb #_said_prices
 _COUNTED = ('identical duplicate rows', 'rows without date or code')
@@ -211,17 +230,22 @@ def _said_prices(rows, without, stray, counts):
     return tuple(said)
 
 # %% ../nbs/04h_prices.ipynb #_decisions
+def _longest(at, horizon):
+    "Usual sessions between two days of predictions, and for how many a choice is held at most"
+    every = int(np.median(np.diff(at))) if len(at) > 1 else 1
+    return every, max(horizon, 2*every)
+
 def _decisions(
     at,      # [D] where in the calendar predictions are made
     days,    # of the calendar
     horizon, # sessions
 ):           # [days] which day of the predictions, `HELD` or -1; usual sessions between two
     "What is done on each day of a calendar: predictions are held until the next ones"
-    every = int(np.median(np.diff(at))) if len(at) > 1 else 1
+    every, longest = _longest(at, horizon)
     decided = np.full(days, -1)
     decided[at] = np.arange(len(at))
     last = np.maximum.accumulate(np.where(decided >= 0, np.arange(days), -days))
-    is_held = (decided < 0) & (np.arange(days)-last < max(horizon, 2*every))
+    is_held = (decided < 0) & (np.arange(days)-last < longest)
     return np.where(is_held, HELD, decided), every
 
 # %% ../nbs/04h_prices.ipynb #_said_held
@@ -238,7 +262,7 @@ def _steps(
     calendar,
     lag,      # days from a decision to its execution
     horizon=1,
-):            # steps as places in the calendar; what decides each; usual sessions between two
+):            # steps as places in the calendar; what decides each; places of the predictions
     "Which days of the calendar execute a decision or end one, and whose predictions decide"
     at = np.searchsorted(np.array(calendar), np.array(dates))
     decided, every = _decisions(at, len(calendar), horizon)
@@ -246,7 +270,7 @@ def _steps(
     steps = np.arange(at[0]+lag, min(last, len(calendar)-2)+1)
     if not len(steps):
         raise AtftError(f'backtest: no price after {dates[0]} to earn a return with')
-    return steps, decided[steps-lag], every
+    return steps, decided[steps-lag], at
 
 # %% ../nbs/04h_prices.ipynb #_from_prices
 def _returns(price):
@@ -262,18 +286,20 @@ def _from_prices(chosen, prices, trading):
     calendar, stray = _calendar(chosen.dates, rows, chosen.codes)
     rows = rows.filter(pl.col('code').is_in(chosen.codes))
     lag = int(trading.entry != 'close')
-    steps, decided, every = _steps(chosen.dates, calendar, lag, chosen.horizon)
+    steps, decided, at = _steps(chosen.dates, calendar, lag, chosen.horizon)
+    plan = schedule(at, trading.rebalance, _longest(at, chosen.horizon)[1])
     column = 'open' if trading.entry == 'next_open' else 'close'
     price = _grid(rows, calendar, chosen.codes, column)
+    volume = None
     depth = None
     if trading.impact:
-        depth = _depth(rows, calendar, chosen.codes, trading)[steps-lag]
-    notes = _said_prices(rows, without, stray, counts)+_said_held(decided)
+        volume, depth = _depth(rows, calendar, chosen.codes, trading, steps-lag)
+    notes = _said_plan(plan, trading)+_said_prices(rows, without, stray, counts)+_said_held(decided)
     year = trading.sessions_a_year or sessions_per_year(calendar)
     known = np.ones((len(steps), len(chosen.codes)), bool)
-    return Market([calendar[day] for day in steps-lag], chosen.codes, decided,
+    return Market([calendar[day] for day in steps-lag], chosen.codes, _planned(decided, plan),
                   _returns(price)[steps], known, np.isfinite(price[steps]), _gone(price)[steps],
-                  depth, year, notes, every)
+                  depth, year, notes, plan, volume)
 
 # %% ../nbs/04h_prices.ipynb #market_of
 def market_of(

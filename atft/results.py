@@ -121,9 +121,18 @@ class RunResult(NamedTuple):
     sessions_a_year:int=252 # of the panel's calendar; of folds: of the last
     findings:tuple=()       # what was counted when each panel was made, a dict each
     tried:Tried|None=None   # where the number of trials comes from; None: the folders' own
+    tables:tuple=()         # without a folder: what is known of each table, see `tables`
+    told:tuple=()           # and how they came to be judged, in sentences
+    panel:Panel|None=None   # of folds: of the last
 
     @property
-    def last(self): return list(self.phases)[-1]
+    def last(self):
+        "Who sentences speak of: the last phase, or the first of the tables that were given"
+        names = list(self.phases)
+        return names[-1] if self.configs else names[0]
+
+    @property
+    def word(self): return 'phase' if self.configs else 'model'
 
     @property
     def everything(self): return {**self.phases, **self.baselines}
@@ -186,7 +195,7 @@ def _load_fold(path, kinds):
     pictures = [picture] if picture.exists() else []
     return RunResult([config], phases, made, minutes, run.ledger.count('trial'),
                      run.ledger.count('test'), pictures, sessions_per_year(panel.dates),
-                     (getattr(panel, 'findings', {}),))
+                     (getattr(panel, 'findings', {}),), panel=panel)
 
 # %% ../nbs/04e_results.ipynb #load_run
 def _joined(folds, kind):
@@ -214,18 +223,24 @@ def load_run(
     spoken = spoken_target(phases[list(phases)[-1]])
     counted = count_tried([RunFolder(path) for path in paths], spoken, tried)
     return RunResult(configs, phases, _joined(folds, 'baselines'), minutes, counted.total, looks,
-                     folds[-1].pictures, folds[-1].sessions_a_year, found, counted)
+                     folds[-1].pictures, folds[-1].sessions_a_year, found, counted,
+                     panel=folds[-1].panel)
 
 # %% ../nbs/04e_results.ipynb #step_differences
+def _set_beside(result):
+    "Pairs of names: who is compared with whom"
+    names = list(result.phases)
+    steps = list(zip(names, names[1:]))
+    if not result.configs: steps = [(other, result.last) for other in names[1:]]
+    return steps+[(rival, result.last) for rival in result.rivals]
+
 def step_differences(
     result:RunResult,
 )->pl.DataFrame: # as from `compare`; `holm` over all of it
     "Each phase against the one before, the last against every baseline"
-    names = list(result.phases)
-    wanted = list(zip(names, names[1:]))+[(rival, result.last) for rival in result.rivals]
     tables = result.everything
     found = []
-    for a, b in tqdm(wanted, 'differences', leave=False, delay=1):
+    for a, b in tqdm(_set_beside(result), 'differences', leave=False, delay=1):
         found.append(compare(tables[a], tables[b], names=(a, b)))
     if not found: return compare(*[tables[result.last]]*2).clear()
     return named(with_holm(pl.concat(found)))
@@ -244,6 +259,13 @@ class Trades(NamedTuple):
     equal:pl.DataFrame|None  # `performance` of equal weights, without costs
     why:str=''   # why there is nothing
     notes:tuple[str, ...]=() # what a reader must know of the accounts, in sentences
+    every:int=1  # sessions from one decision to the next, as asked
+
+    @property
+    def pace(self)->str:
+        "How it trades, and how often"
+        if self.every == 1: return f'daily {self.how}'
+        return f'{self.how}, decided anew every {self.every} sessions,'
 
 # %% ../nbs/04e_results.ipynb #_terms
 def _nothing(why): return Trades('', '', {}, {}, {}, {}, {}, None, None, why)
@@ -321,7 +343,8 @@ def trade(
     shuffled = random_portfolios(last, trading=trading, **options) if luck else None
     equal = _worth(equal_weight(last), year) if '1d' in target_names(last) else None
     how = trading.side.replace('_', '-')
-    return Trades(how, cost, daily, gross, net, by_cost, sharpes, shuffled, equal, notes=notes)
+    return Trades(how, cost, daily, gross, net, by_cost, sharpes, shuffled, equal, notes=notes,
+                  every=trading.rebalance)
 
 # %% ../nbs/04e_results.ipynb #Doubts
 class Doubts(NamedTuple):

@@ -75,9 +75,10 @@ def said_step(
 def said_rival(
     row:dict,   # of `step_differences`: the last phase against a baseline
     family:int,
+    rival:str='', # what it is set beside, in words; '': the best baseline
 )->str:
     "Where the last phase stands beside the best baseline; the sentence begins with it"
-    rival = f'the best baseline, {row["a"]}'
+    rival = rival or f'the best baseline, {row["a"]}'
     side = alone(row)
     if side is None: return f'It cannot be compared with {rival}: too few days'
     if same(row): return f'It predicts the same as {rival}'
@@ -113,7 +114,7 @@ def _clear(row):
     return f'clear of zero (t = {t:.1f}, below the bar of 3 for calling a signal new)'
 
 # %% ../nbs/04g_sentences.ipynb #_said_rank
-def _said_rank(name, rows, what):
+def _said_rank(name, rows, what, word='phase'):
     "The first sentence: the rank IC of the last phase, and its share of the oracle's"
     row = rows[name]
     oracle = rows.get('oracle', {})
@@ -121,8 +122,25 @@ def _said_rank(name, rows, what):
     if oracle.get('low') and oracle['low'] > 0:
         share = f", {row['rank_ic']/oracle['rank_ic']:.0%} of the oracle's"
     number = with_interval(row['rank_ic'], row['low'], row['high'])
-    return (f'Phase {name} ranks {what} with a rank IC of {number} on {row["days"]} test days, '
+    return (f'{word.capitalize()} {name} ranks {what} with a rank IC of {number} on {row["days"]} test days, '
             f'{_clear(row)}{share}.')
+
+# %% ../nbs/04g_sentences.ipynb #_said_steps
+def _beside_other(row, family):
+    "The first table beside another, to go on a sentence with"
+    said = said_rival(row, family, f'model {row["a"]}')
+    return said[0].lower()+said[1:]
+
+def _said_steps(result, differences, family, ahead):
+    "The second sentence"
+    rows = [d for d in differences if d['a'] in result.phases]
+    if result.configs:
+        steps = [f'phase {d["b"]} {said_step(d, family)}' for d in rows]
+        second = f'Each phase against the one before, {ahead}: {"; ".join(steps)}.'
+        return second if steps else 'Only one phase was trained.'
+    others = [_beside_other(d, family) for d in rows]
+    if not others: return 'No other model was given.'
+    return f'Beside the other models, {ahead}: {"; ".join(others)}.'
 
 # %% ../nbs/04g_sentences.ipynb #_said_profit
 def _said_place(result, rows, differences, family):
@@ -138,9 +156,9 @@ def _said_profit(result, trades):
     sharpe = with_interval(*metric(trades.net[result.last], 'sharpe'), '.2f')
     trials = max(result.trials, 1)
     luck = deflated(trades.daily[result.last], trials)
-    if luck is None: return f'after {trades.cost} its daily {trades.how} never trades'
+    if luck is None: return f'after {trades.cost} its {trades.pace} never trades'
     above = f'what the best of {trials} worthless trials would show' if trials > 1 else 'zero'
-    return (f'after {trades.cost} its daily {trades.how} has a Sharpe ratio of {sharpe}, above '
+    return (f'after {trades.cost} its {trades.pace} has a Sharpe ratio of {sharpe}, above '
             f'{above} with probability {luck:.2f}')
 
 # %% ../nbs/04g_sentences.ipynb #verdict
@@ -157,30 +175,45 @@ def verdict(
     found = {name: one_target(e, spoken) for name, e in evaluations.items()}
     rows = {name: e.row(0, named=True) for name, e in found.items() if len(e)}
     if rows[last]['low'] is None:
-        return [f'Phase {last} cannot be judged: {rows[last]["note"] or "no interval"}.',
-                'No phase can be compared with another.', 'Nothing is said about profit.']
+        word = result.word
+        return [f'{word.capitalize()} {last} cannot be judged: {rows[last]["note"] or "no interval"}.',
+                f'No {word} can be compared with another.', 'Nothing is said about profit.']
     trades = trades or trade(result, cost_bps=cost_bps, names=(last,), luck=False)
     what, ahead = _ahead(spoken)
     differences = one_target(pairs, spoken).rows(named=True)
     family = pairs['holm'].count()
-    steps = [f'phase {d["b"]} {said_step(d, family)}' for d in differences
-             if d['a'] in result.phases]
-    second = f'Each phase against the one before, {ahead}: {"; ".join(steps)}.'
+    second = _said_steps(result, differences, family, ahead)
     place = _said_place(result, rows, differences, family)
-    return [_said_rank(last, rows, what), second if steps else 'Only one phase was trained.',
+    return [_said_rank(last, rows, what, result.word), second,
             f'{place}; {_said_profit(result, trades)}.']
 
 # %% ../nbs/04g_sentences.ipynb #_said_tries
-def _said_tries(result, frames):
-    "How often somebody tried and looked, and what that leaves of the Sharpe ratio"
+def _said_tables(result):
+    "What competes where no ledger counts"
+    models = len(result.phases)
+    said = 'One table of predictions is judged' if models == 1 else f'{models} tables are judged'
+    told = result.tried.told if result.tried else 0
+    if told: return f'{said}, and {told} things were tried besides, as told. '
+    return (f'{said}; nobody told how many things were tried besides (-p tried N), and what is '
+            'said of luck knows of none. ')
+
+def _said_counted(result):
+    "How often somebody tried and looked"
+    if not result.configs: return _said_tables(result)
     looks = f'{result.looks} look{"s" if result.looks != 1 else ""}'
     own = result.tried.run if result.tried else result.trials
     said = (f'{own or "An unknown number of"} trainings are in the ledger of the run, '
             f'and {looks} at its test days. ')
     if result.tried and result.tried.said: said += f'{result.tried.said} '
+    return said
+
+def _said_tries(result, frames):
+    "How often somebody tried and looked, and what that leaves of the Sharpe ratio"
+    said = _said_counted(result)
     if frames.trades.why: return said+f'Nothing is traded: {frames.trades.why}.'
-    if frames.doubts.deflated is None: return said+'The last phase does not trade.'
-    return said+(f'The deflated Sharpe ratio of phase {result.last}, the probability of being '
+    if frames.doubts.deflated is None:
+        return said+f'The {"last" if result.configs else "first"} {result.word} does not trade.'
+    return said+(f'The deflated Sharpe ratio of {result.word} {result.last}, the probability of being '
                  f'better than the best of {max(result.trials, 1)} worthless trials, is '
                  f'{frames.doubts.deflated:.3f}.')
 
@@ -203,13 +236,14 @@ def tried(
     out = [_said_tries(result, frames)]
     doubts = frames.doubts
     if doubts.overfit is not None:
-        out.append('Choosing the phase with the best Sharpe ratio on half of the days puts it in '
+        word = result.word
+        out.append(f'Choosing the {word} with the best Sharpe ratio on half of the days puts it in '
                    f'the lower half on the other days in {doubts.overfit:.0%} of the splits (0%: '
-                   'choosing works; 50%: it is worthless; phases that are the same count as a '
+                   'choosing works; 50%: it is worthless; ' f'{word}s that are the same count as a '
                    'draw).')
     if doubts.superior is not None:
         out.append("Hansen's test of superior predictive ability, on the days and codes that all "
-                   f'are judged on: that no phase is better than {doubts.rival} '
+                   f'are judged on: that no {result.word} is better than {doubts.rival} '
                    f'{_ahead(frames.spoken)[1]} has a p value of {doubts.superior:.3f}.')
     if not frames.trades.why: out.append(_said_luck(result, frames.trades))
     return out

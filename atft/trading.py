@@ -38,8 +38,25 @@ def _check_choice(name, value, known):
     words = ', '.join(known[:-1])+f' or {known[-1]}'
     raise AtftError(f'backtest: {name} {value!r} is not known; use {words}')
 
+# %% ../nbs/04i_trading.ipynb #_check_keep
+def _check_keep(trading):
+    "What is kept: names where `top` counts names, a share of the day's names otherwise"
+    keep = trading.keep
+    _check_number('keep', keep)
+    if trading.top is not None:
+        if keep != int(keep):
+            raise AtftError(f'backtest: keep={keep} must be a whole number of names, as top is')
+        if keep < trading.top:
+            raise AtftError(f'backtest: keep={keep:g} must be at least top={trading.top}')
+        return
+    most = 1 if trading.side == 'long' else .5
+    if not trading.share <= keep <= most:
+        raise AtftError(f'backtest: keep={keep} must lie between share={trading.share} and {most}, a '
+                        'share of the day\'s names; give top where names are counted')
+
 # %% ../nbs/04i_trading.ipynb #_check_trading
-_AT_LEAST_ZERO = ('share', 'cap', 'capital', 'commission_bps', 'spread_bps', 'impact', 'borrow_bps')
+_AT_LEAST_ZERO = ('share', 'cap', 'capital', 'commission_bps', 'spread_bps', 'impact', 'borrow_bps',
+                  'carry_bps')
 
 def _check_trading(trading):
     "Every field of a `Trading`"
@@ -48,8 +65,8 @@ def _check_trading(trading):
     for name in _AT_LEAST_ZERO:
         _check_number(name, getattr(trading, name))
     _check_number('delisting', trading.delisting, least=-1)
-    for name in ('top', 'sessions_a_year'):
-        if getattr(trading, name) is not None:
+    for name in ('rebalance', 'top', 'sessions_a_year'):
+        if name == 'rebalance' or getattr(trading, name) is not None:
             _check_number(name, getattr(trading, name), least=1, kind=Integral)
     if not 0 < trading.share <= .5:
         raise AtftError(f'backtest: share={trading.share} must lie in (0, 0.5]')
@@ -57,6 +74,7 @@ def _check_trading(trading):
         raise AtftError(f'backtest: cap={trading.cap} must lie in (0, 1]')
     if not trading.capital:
         raise AtftError('backtest: capital=0 must be above 0')
+    if trading.keep is not None: _check_keep(trading)
 
 # %% ../nbs/04i_trading.ipynb #Trading
 @dataclass(frozen=True)
@@ -65,6 +83,8 @@ class Trading:
     side:str = 'long_short'     # half of the capital on each side; long: all of it on the best
     share:float = .1            # of the day's names on each side
     top:int|None = None         # so many names on each side instead
+    keep:float|None = None      # who is held stays while among so many best: names if `top`, or a share
+    rebalance:int = 1           # sessions from one choice to the next; between them nothing is traded
     cap:float = 1.              # largest absolute weight of a code; what is cut off stays in cash
     entry:str = 'close'         # of the day of the prediction; next_close; next_open (needs prices)
     commission_bps:float = 0.   # basis points of the value traded
@@ -72,6 +92,7 @@ class Trading:
     impact:float = 0.           # x volatility x sqrt(value traded / dollar_volume), 1 is usual
     capital:float = 1e7         # of the account, in the prices' currency, for the impact
     borrow_bps:float = 0.       # a year, on short positions
+    carry_bps:float = 0.        # a year, on long positions: what their financing costs
     delisting:float = 0.        # return of a position whose code is never traded again
     sessions_a_year:int|None = None # for what is a year's; None: as the calendar has
 
@@ -103,6 +124,9 @@ def cost(self:Trading,
     borrow = self.borrow_bps/1e4/market.sessions_a_year
     if borrow:
         paid -= borrow*np.minimum(market.held, 0).sum()
+    carry = self.carry_bps/1e4/market.sessions_a_year
+    if carry:
+        paid += carry*np.maximum(market.held, 0).sum()
     if market.depth is not None:
         moved = traded > 0  # what is traded has a known depth
         paid += float((traded[moved]**1.5*market.depth[moved]).sum())

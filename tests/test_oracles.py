@@ -1,5 +1,6 @@
 "What other libraries compute too comes out the same."
 from alphalens import performance as alphalens, utils as alphalens_utils
+import empyrical
 import numpy as np
 import pandas as pd
 import polars as pl
@@ -7,10 +8,13 @@ import purgedcv
 import pytest
 import skfolio.measures as skfolio
 from scipy import stats
+from skfolio.portfolio import BasePortfolio
 
 from atft import backtest, intervals
 from atft.data import split_days, walk_forward
+from atft.factors import attribute
 from atft.judge import decile_returns, evaluate, rank_autocorrelation
+from atft.neutral import neutral_days
 from atft.predictions import daily_ic, dense, load_predictions
 
 
@@ -101,6 +105,64 @@ def test_performance_of_a_series(profits, strategy):
     assert found['volatility'] == pytest.approx(deviation*252**.5, rel=1e-12)
 
 
+def figures(x):
+    "What `performance` is made of, of a year of 252 sessions"
+    return dict(zip(backtest.METRICS, backtest._metrics(x)))
+
+
+@pytest.mark.parametrize('strategy', [0, 5, 11])
+def test_a_year_of_empyrical(profits, strategy):
+    """Equal where both define the same; empyrical divides by n-1 in a deviation, and its Calmar ratio
+    has the compounded return where ours has the arithmetic one"""
+    x = profits[:, strategy]
+    found = figures(x)
+    unbiased = (len(x)/(len(x)-1))**.5
+    fall = empyrical.max_drawdown(x)
+    assert found['max_drawdown'] == pytest.approx(-fall, rel=1e-12)
+    assert found['cagr'] == pytest.approx(empyrical.annual_return(x), rel=1e-10)
+    assert found['volatility']*unbiased == pytest.approx(empyrical.annual_volatility(x), rel=1e-12)
+    assert found['sharpe']/unbiased == pytest.approx(empyrical.sharpe_ratio(x), rel=1e-12)
+    assert found['sortino'] == pytest.approx(empyrical.sortino_ratio(x), rel=1e-12)
+    assert found['omega'] == pytest.approx(empyrical.omega_ratio(x), rel=1e-10)
+    assert found['cagr']/-fall == pytest.approx(empyrical.calmar_ratio(x), rel=1e-10)
+    assert found['calmar'] == pytest.approx(found['return']/-fall, rel=1e-12)
+
+
+@pytest.mark.parametrize('strategy', [0, 11])
+def test_a_year_of_skfolio(profits, strategy):
+    "Its deviations divide by n-1, and its Calmar ratio is of a day: ours is 252 times that"
+    x = profits[:, strategy]
+    found = figures(x)
+    theirs = BasePortfolio(x, np.arange(len(x)), annualization_factor=252, compounded=True,
+                           min_acceptable_return=0.)
+    unbiased = (len(x)/(len(x)-1))**.5
+    assert found['return'] == pytest.approx(theirs.annualized_mean, rel=1e-12)
+    deviation = theirs.annualized_standard_deviation
+    assert found['volatility']*unbiased == pytest.approx(deviation, rel=1e-12)
+    assert found['sharpe']/unbiased == pytest.approx(theirs.annualized_sharpe_ratio, rel=1e-12)
+    assert found['sortino']/unbiased == pytest.approx(theirs.annualized_sortino_ratio, rel=1e-12)
+    assert found['max_drawdown'] == pytest.approx(theirs.max_drawdown, rel=1e-12)
+    assert found['calmar'] == pytest.approx(252*theirs.calmar_ratio, rel=1e-12)
+
+
+def of_market(profits):
+    "The last strategy beside one factor, the mean of all"
+    market = profits.mean(1)
+    daily = pl.DataFrame(dict(date=sessions(len(market)), gross=profits[:, -1]))
+    factors = pl.DataFrame(dict(date=sessions(len(market)), market=market))
+    found = attribute(daily, factors, draws=0, sessions_a_year=252)
+    return market, found.table['coefficient'].to_list(), found.table['contribution'].to_list()
+
+
+def test_alpha_and_beta_of_empyrical(profits):
+    "It compounds the alpha of a day to a year; ours adds it up, so that contributions add up too"
+    market, (beta, a_day), (_, a_year) = of_market(profits)
+    alpha, theirs = empyrical.alpha_beta(profits[:, -1], market)
+    assert beta == pytest.approx(theirs, rel=1e-10)
+    assert (1+a_day)**252-1 == pytest.approx(alpha, rel=1e-9)
+    assert a_year == pytest.approx(252*a_day, rel=1e-12)
+
+
 def sessions(count):
     "A calendar"
     return np.datetime64('2020-01-01')+np.arange(count)
@@ -183,6 +245,47 @@ def test_rank_ic_quantile_returns_and_turnover(predictions):
     deciles = clean['factor_quantile']
     turnover = [alphalens.quantile_turnover(deciles, q).mean() for q in range(1, 11)]
     assert np.abs(ours['turnover'].to_numpy()-turnover).max() < 1e-12
+
+
+def clean_factor(predictions, **options):
+    "What alphalens works on"
+    table = for_alphalens(predictions)
+    returns = table[['target']].rename(columns=dict(target='1D'))
+    return alphalens_utils.get_clean_factor(table['prediction'], returns, max_loss=1, **options)
+
+
+def test_mean_rank_ic(predictions):
+    theirs = alphalens.mean_information_coefficient(clean_factor(predictions, quantiles=10))
+    ours = evaluate(predictions, draws=0)['rank_ic'][0]
+    assert ours == pytest.approx(theirs['1D'], abs=1e-12)
+
+
+def test_rank_ic_within_groups(predictions):
+    "Theirs has a number for each group and day; ours is their mean with the weights it says"
+    group = pl.col('code').str.slice(1).cast(pl.Int64) % 4
+    grouped = predictions.with_columns(sector=pl.format('s{}', group))
+    groups = grouped.select('code', 'sector').unique().rows()
+    clean = clean_factor(predictions, quantiles=2, groupby=dict(groups))
+    theirs = alphalens.factor_information_coefficient(clean, by_group=True)['1D']
+    size = clean.groupby([clean.index.get_level_values('date'), 'group'], observed=True).size()
+    weight = size*(size-1)/(size+1)
+    by_day = (theirs*weight).groupby(level='date').sum()/weight.groupby(level='date').sum()
+    ours = neutral_days(grouped, 'sector')['neutral_ic'].to_numpy()
+    assert np.abs(ours-by_day.to_numpy()).max() < 1e-12
+
+
+def test_alpha_and_beta_of_a_factor_s_portfolio(predictions):
+    "Weights by the demeaned factor; the market is the mean of the day; alpha is compounded there"
+    clean = clean_factor(predictions, quantiles=2)
+    theirs = alphalens.factor_alpha_beta(clean)['1D']
+    gross = alphalens.factor_returns(clean)['1D']
+    market = clean.groupby(level='date', observed=True)['1D'].mean()
+    days = gross.index.to_numpy().astype('datetime64[D]')
+    daily = pl.DataFrame(dict(date=days, gross=gross.to_numpy()))
+    factors = pl.DataFrame(dict(date=days, market=market.to_numpy()))
+    beta, alpha = attribute(daily, factors, draws=0).table['coefficient']
+    assert beta == pytest.approx(theirs['beta'], abs=1e-10)
+    assert (1+alpha)**252-1 == pytest.approx(theirs['Ann. alpha'], rel=1e-8)
 
 
 @pytest.mark.parametrize('value', [.1, .3, 1/3, 1e-3, .25, 2., 1e6/3])

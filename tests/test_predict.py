@@ -19,7 +19,7 @@ from atft.longer import append_bars
 from atft.market import synthetic_market
 from atft.panel import Panel, write_panel
 from atft.phases import RunFolder, RunSpec, run_phases
-from atft.predict import _read_line, main, rank_today, write_today
+from atft.predict import _read_line, main, rank_today, said_today, write_today
 from atft.predictions import dense, load_predictions
 
 KEYS = ['date', 'code', 'horizon', 'target_name']
@@ -99,6 +99,34 @@ def test_ranks_and_weights_are_those_of_the_scores_and_of_the_report(runs, days)
         weights = dict(zip(mine['code'], mine['weight']))
         assert {c: w for c, w in zip(one.codes, wanted.tolist()) if w} == {c: w for c, w in weights.items() if w}
         assert found.filter(pl.col('target_name') != target)['weight'].null_count() == len(found)-len(mine)
+
+
+def nonzero(codes, weights): return {c: pytest.approx(w) for c, w in zip(codes, weights) if w}
+
+
+def test_a_buffer_and_seldom_choices_carry_on_what_the_report_holds(runs, days):
+    kept = RunFolder(runs/'seed_0').predictions(1)
+    test = load_predictions(kept.filter(pl.col('split') == 'test'))
+    one = dense(test, '1d')
+    first = days.to_list().index(one.dates[0])
+    for terms in (dict(keep=6), dict(rebalance=3), dict(keep=6, rebalance=3)):
+        trading = Trading(top=3, **terms)
+        expected = target_weights(one.prediction, trading)
+        held = None
+        for nth in range(5):
+            found = rank_today(runs/'seed_0', date=days[first+nth], holdings=held, target='1d', trading=trading)
+            mine = found.table.filter(pl.col('target_name') == '1d')
+            if nth % trading.rebalance == 0: mine = mine.drop_nulls('rank')  # who pauses is sold at once
+            wanted = nonzero(one.codes, expected[nth].tolist())
+            assert {c: w for c, w in zip(mine['code'], mine['weight']) if w} == wanted
+            if nth % trading.rebalance and held is not None:
+                assert mine['trade'].abs().sum() == 0
+                assert 'nothing is traded today' in said_today(found)[-1]
+            fresh = [line for line in said_today(found) if 'fresh start' in line]
+            assert len(fresh) == ('keep' in terms and held is None)
+            held = mine.select('code', 'weight')
+        between = rank_today(runs/'seed_0', date=days[first+4], target='1d', trading=Trading(top=3, rebalance=3))
+        assert between.facts['choice']['on'] == str(days[first+3])
 
 
 def test_a_panel_that_was_carried_on_ranks_as_one_that_was_made_of_all_bars(runs, grown, folder, bars, days):
