@@ -48,7 +48,7 @@ PILLARS = (
         '04_eval 04a_predictions 04b_judge 04c_backtest 04d_baselines 04e_results '
         '04f_pictures 04g_sentences 04h_prices 04i_trading 04j_predict 04k_ensembles '
         '04l_holdings 04m_tables 04n_choices 04o_capacity 04p_benchmark 04q_neutral '
-        '04r_factors 04s_html 04t_asked 04u_views'),
+        '04r_factors 04s_html 04t_asked 04u_views 04v_distance'),
     _pillar('using it', 'search, speed, what each', 'part adds, your own',
         '05_hpo 05a_study 05b_summary 05c_folds 05d_jobs 05e_walked 06_bench 07_ablation 07a_gains '
         '08_own_idea'),
