@@ -209,8 +209,9 @@ def processes(
 )->Engine:
     "So many processes on this machine"
     if workers == 1: return here()
-    fresh = multiprocessing.get_context('spawn')
-    pool = partial(ProcessPoolExecutor, workers, fresh, _follow_parent)
+    warm = multiprocessing.get_context('forkserver')  # imports once what every worker needs
+    warm.set_forkserver_preload(['atft.phases', 'torch_geometric.nn'])
+    pool = partial(ProcessPoolExecutor, workers, warm, _follow_parent)
     return Engine(pool, workers, _stop_children, f'{workers} processes')
 
 # %% ../nbs/05d_jobs.ipynb #memory_of

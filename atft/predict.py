@@ -7,7 +7,6 @@ __all__ = ['FORMS', 'HELD_BY', 'runs_of', 'Today', 'rank_today', 'said_today', '
            'main']
 
 # %% ../nbs/04j_predict.ipynb #imports
-import json
 import sys
 from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
 from datetime import date as Date
@@ -31,6 +30,7 @@ from .panel import Panel
 from .phases import _keys_of
 from .places import not_there, place
 from .processes import Processes
+from .project import project_root
 from .results import spoken_target
 from .runs import RunFolder, _other_code
 from .trading import Trading

@@ -24,8 +24,7 @@ from .checkpoint import previous, weights_key
 from .core import AtftError
 from .correlation import MIN_NAMES, rank_ic
 from .data import make_loader
-from .inference import (
-    Setup, autocast, days_of, load_checkpoint, load_weights, stack, validate)
+from .inference import Setup, autocast, days_of, load_checkpoint, load_weights, stack, validate
 from .losses import OWN_TERMS, by_day, loss_terms, total_loss
 from .network import ATFT, PARTS, Forecast, openings, parameter_groups
 from .runs import RunFolder
@@ -419,32 +418,26 @@ def _interrupted(trainer, last):
         print(f'{error}; beginning anew', file=sys.stderr, flush=True)
         return None
     if state['start'] == trainer.start: return state
-    if trainer.shared.processes.first:
-        print(f'phase {trainer.number}: {last} holds an attempt from other weights; beginning '
-              'anew', file=sys.stderr, flush=True)
+    text = f'phase {trainer.number}: {last} holds an attempt from other weights; beginning anew'
+    if trainer.shared.processes.first: print(text, file=sys.stderr, flush=True)
     return None
 
 def _attempt(trainer, folder):
     "The state of an attempt at this phase that did not end; None where there is none to go on with"
-    processes = trainer.shared.processes
     last = folder.last(trainer.number)
-    is_done = processes.same(folder.is_done(trainer.number))
-    is_there = processes.same(last.exists() or previous(last).exists())
-    return _interrupted(trainer, last) if is_there and not is_done else None
+    is_there = last.exists() or previous(last).exists()
+    is_left = trainer.shared.processes.same(is_there and not folder.is_done(trainer.number))
+    return _interrupted(trainer, last) if is_left else None
 
 # %% ../nbs/03c_trainer.ipynb #_continue
-def _clear(folder, number):
-    "Take away the states of a phase"
-    last = folder.last(number)
-    for path in (last, previous(last)): path.unlink(missing_ok=True)
-
 def _continue(trainer, folder):
     "Load what an interrupted attempt left, else take it away"
-    processes = trainer.shared.processes
     state = _attempt(trainer, folder)
     if state: trainer.load_state_dict(state)
-    processes.wait()  # all have read it
-    if not state and processes.first: _clear(folder, trainer.number)
+    trainer.shared.processes.wait()  # all have read it
+    if state or not trainer.shared.processes.first: return
+    last = folder.last(trainer.number)
+    for path in (last, previous(last)): path.unlink(missing_ok=True)
 
 # %% ../nbs/03c_trainer.ipynb #train_phase
 def train_phase(

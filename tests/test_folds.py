@@ -5,7 +5,6 @@ import os
 import re
 import shlex
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+import warm
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -232,8 +232,8 @@ except Stopped as stopped:
 
 def start(walk, workers):
     "The walk in a process of its own"
-    typed = [sys.executable, '-c', WALK, *shlex.split(walk_line(walk))[3:], '--workers', workers]
-    return subprocess.Popen(list(map(str, typed)), stderr=subprocess.PIPE, text=True)
+    words = shlex.split(walk_line(walk))[3:]
+    return warm.Command([sys.executable, '-c', WALK, *words, '--workers', workers])
 
 
 def owners(folder):
