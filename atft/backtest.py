@@ -11,6 +11,7 @@ import math
 import warnings
 from dataclasses import replace
 from datetime import date
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -224,42 +225,66 @@ METRICS = ('return', 'volatility', 'sharpe', 'sortino', 'calmar', 'max_drawdown'
 
 def _ratio(a, b):
     "a/b; unbounded where a gain stands against nothing, 0 where nothing does"
-    if b > 0: return a/b
-    return math.copysign(math.inf, a) if a else 0.
+    unbounded = np.where(np.equal(a, 0), 0., np.copysign(np.inf, a))
+    return np.divide(a, b, out=unbounded, where=np.greater(b, 0))[()]
 
 def _drawdown(x):
-    "The largest fall of the value from its height so far"
-    wealth = np.cumprod(np.maximum(1+x, 0))  # nobody loses more than everything
-    height = np.maximum.accumulate(np.append(1., wealth))[1:]
-    return float((1-wealth/height).max())
+    "The largest fall of the value from its height so far; [..., D]"
+    wealth = np.cumprod(np.maximum(1+x, 0), -1)  # nobody loses more than everything
+    height = np.maximum(np.maximum.accumulate(wealth, -1), 1.)
+    return (1-wealth/height).max(-1)
 
 # %% ../nbs/04c_backtest.ipynb #_compounded
 def _compounded(x, days_a_year):
-    "Growth of a year of an account that earns `x` day by day"
-    if (x <= -1).any(): return -1.
-    growth = np.log1p(x).mean()*days_a_year
-    return float(np.expm1(growth)) if growth < 700 else np.nan
+    "Growth of a year of an account that earns `x` day by day; [..., D]"
+    is_ruined = (x <= -1).any(-1)
+    kept = np.where(np.expand_dims(is_ruined, -1), 0., x)  # a loss of all has no logarithm
+    growth = np.log1p(kept).mean(-1)*days_a_year
+    is_known = growth < 700
+    compounded = np.where(is_known, np.expm1(np.where(is_known, growth, 0.)), np.nan)
+    return np.where(is_ruined, -1., compounded)[()]
 
 # %% ../nbs/04c_backtest.ipynb #_metrics
 def _metrics(x, days_a_year=252):
-    "`METRICS` of a daily return series; a year's figures from arithmetic means"
-    is_ruined = (x <= -1).any()
-    year = -1. if is_ruined else x.mean()*days_a_year
-    volatility = x.std()*days_a_year**.5 if np.ptp(x) else 0.
+    "`METRICS` of daily returns [..., D], along a last axis; a year's figures from arithmetic means"
+    is_ruined = (x <= -1).any(-1)
+    year = np.where(is_ruined, -1., x.mean(-1)*days_a_year)
+    volatility = np.where(np.ptp(x, -1), x.std(-1)*days_a_year**.5, 0.)
     losses = np.minimum(x, 0)
-    down = np.sqrt(np.mean(losses**2))*days_a_year**.5
-    gains = 0. if is_ruined else np.maximum(x, 0).sum()
+    down = np.sqrt(np.mean(losses**2, -1))*days_a_year**.5
+    gains = np.where(is_ruined, 0., np.maximum(x, 0).sum(-1))
     drawdown = _drawdown(x)
-    return np.array([year, volatility, _ratio(year, volatility), _ratio(year, down),
-                     _ratio(year, drawdown), drawdown, _ratio(gains, -losses.sum()),
-                     (x > 0).mean(), _compounded(x, days_a_year)])
+    found = [year, volatility, _ratio(year, volatility), _ratio(year, down),
+             _ratio(year, drawdown), drawdown, _ratio(gains, -losses.sum(-1)),
+             (x > 0).mean(-1), _compounded(x, days_a_year)]
+    return np.stack(found, -1)
 
 # %% ../nbs/04c_backtest.ipynb #_breakeven
 def _breakeven(two):
-    "Basis points of the value traded that the gross return pays for; [D, 2] gross, turnover"
-    gross = two[:, 0].mean()
-    turnover = two[:, 1].mean()
-    return gross/turnover*1e4 if turnover > 0 else 0.
+    "Basis points of the value traded that the gross return pays for; [..., D, 2] gross, turnover"
+    gross = two[..., 0].mean(-1)
+    turnover = two[..., 1].mean(-1)
+    even = np.divide(gross, turnover, out=np.zeros_like(gross), where=turnover > 0)
+    return even*1e4
+
+# %% ../nbs/04c_backtest.ipynb #_interval
+def _mean(samples): return samples.mean(-1)
+
+@lru_cache(maxsize=64)
+def _interval_of(days, columns, draws, statistic, *facts):
+    x = np.frombuffer(days).reshape(columns, -1).T.squeeze(1 if columns == 1 else ())
+    def of_each(samples): return statistic(samples, *facts)
+    return bootstrap_interval(x, of_each, draws, rows=True)
+
+def _interval(
+    x,         # [D] or [D, S] daily values
+    draws,
+    statistic, # of [draws, D] or [draws, D, S]
+    *facts,    # what else it takes
+): # as `bootstrap_interval`
+    "The interval of a statistic; of the same days it is computed once"
+    columns = np.asarray(x, float).T
+    return _interval_of(columns.tobytes(), columns.size//len(x), draws, statistic, *facts)
 
 # %% ../nbs/04c_backtest.ipynb #performance
 def _year_of(daily, sessions_a_year):
@@ -290,13 +315,12 @@ def performance(
     "What a daily return series is worth: `METRICS`, turnover a day, break-even cost in bp"
     x = _known_returns(daily, column)
     year = _year_of(daily, sessions_a_year)
-    def figures(sample): return _metrics(sample, year)
     two = daily.select('gross', 'turnover').to_numpy()
     turnover = two[:, 1]
-    values = [*figures(x), turnover.mean(), _breakeven(two)]
-    lows, highs = bootstrap_interval(x, figures, draws)
-    of_turnover = bootstrap_interval(turnover, draws=draws)
-    of_breakeven = bootstrap_interval(two, _breakeven, draws)
+    values = [*_metrics(x, year), turnover.mean(), _breakeven(two)]
+    lows, highs = _interval(x, draws, _metrics, year)
+    of_turnover = _interval(turnover, draws, _mean)
+    of_breakeven = _interval(two, draws, _breakeven)
     names = [*METRICS, 'turnover', 'breakeven_bps']
     low = [*lows, of_turnover[0], of_breakeven[0]]
     high = [*highs, of_turnover[1], of_breakeven[1]]

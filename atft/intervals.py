@@ -163,23 +163,53 @@ def _stretched(found, end, stretch):
     middle = np.where(is_finite, found, 0.)
     return np.where(is_finite, middle+(end-middle)*stretch, end)
 
+# %% ../nbs/00h_intervals.ipynb #_drawn
+_AT_ONCE = 2**18 # values of resampled series that are in memory together
+
+def _side_by_side(found, means):
+    "[draws, S] what was found of each resampled series, then its mean or means"
+    count = len(means)
+    return np.concatenate([np.reshape(found, (count, -1)), means.reshape(count, -1)], 1)
+
+def _drawn_together(sampler, x, statistic, draws):
+    "[draws, S] of a statistic that takes many resampled series at once, and their means"
+    at_once = max(1, _AT_ONCE//x.size)
+    parts = []
+    for first in range(0, draws, at_once):
+        count = min(at_once, draws-first)
+        days = np.array([sampler.update_indices() for _ in range(count)])
+        samples = x[days]
+        parts.append(_side_by_side(statistic(samples), samples.mean(1)))
+    return np.concatenate(parts)
+
+def _drawn(sampler, x, statistic, draws, rows):
+    "[draws, S] of any statistic, and the means of the resampled series"
+    if rows: return _drawn_together(sampler, x, statistic, draws)
+    def with_means(sample):
+        return np.append(statistic(sample), sample.mean(0))
+    return sampler.apply(with_means, draws)
+
 # %% ../nbs/00h_intervals.ipynb #bootstrap_interval
+def _mean_of_each(samples): return samples.mean(-1)
+
 def bootstrap_interval(
     x:np.ndarray,      # [D] or [D, S] daily values, resampled by day
     statistic=np.mean, # of a resampled series; a number or an array
     draws:int=2000,
     seed:int=0,
     horizon:int=1,     # trading days that a value's target spans
+    rows:bool=False,   # `statistic` takes many series, [draws, D] or [draws, D, S]: a row each
 ): # low, high of the 95% percentile interval, numbers or arrays; NaN with fewer than 20, 10 h days
     "Stationary bootstrap (Politis and Romano, 1994) with automatic block length, by arch"
     if not len(x): return np.nan, np.nan
-    found = statistic(x)
+    x = np.asarray(x)
+    if statistic is np.mean and x.ndim == 1:
+        return bootstrap_interval(x, _mean_of_each, draws, seed, horizon, rows=True)
+    found = statistic(x[None])[0] if rows else statistic(x)
     if not draws or len(x) < max(20, 10*horizon) or np.ptp(x) == 0: return _unknown_like(found)
     count = np.size(found)
-    drawn = _arch().StationaryBootstrap(_block_length(x), x, seed=seed)
-    def with_means(sample):
-        return np.append(statistic(sample), sample.mean(0))
-    low, high = _percentiles(drawn.apply(with_means, draws))
+    sampler = _arch().StationaryBootstrap(_block_length(x), x, seed=seed)
+    low, high = _percentiles(_drawn(sampler, x, statistic, draws, rows))
     stretch = _stretch(x, (high[count:]-low[count:])/2, horizon)
     low = _stretched(found, low[:count], stretch)
     high = _stretched(found, high[:count], stretch)
