@@ -147,7 +147,7 @@ def write_results(
         with atomic_path(folder.predictions_path(number)) as temp:
             predictions.write_parquet(temp)
         picture = attribution(trainer.net, shared)
-        save_figure(picture, folder.path/f'phase{number}.md', 'attribution')
+        save_figure(picture, folder.path/f'phase{number}.md', 'attribution', False) # fixed margins
         write_json(folder.metrics_path(number), metrics(trainer))
     trainer.tell('phase_ends')
     shared.processes.wait()

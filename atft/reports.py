@@ -84,13 +84,15 @@ def save_figure(
     fig,         # matplotlib figure
     report:Path, # the report it belongs to
     name:str,    # a word
+    is_cut:bool=True, # to what is drawn, which draws it twice; False: its margins are fixed
 )->str:          # the markdown that shows it
     "Write `fig` beside `report` as a PNG and close it"
     import matplotlib.pyplot as plt  # here: a second that most commands do not need
     path = report.with_name(f'{report.stem}_{name}.png')
     without_version = {'Software': None}  # the same picture has the same bytes
     with atomic_path(path) as temp:
-        fig.savefig(temp, format='png', dpi=90, bbox_inches='tight', metadata=without_version)
+        box = 'tight' if is_cut else None
+        fig.savefig(temp, format='png', dpi=90, bbox_inches=box, metadata=without_version)
     plt.close(fig)
     return f'![{name.replace("_", " ")}]({quote(path.name)})'
 
