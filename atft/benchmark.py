@@ -23,7 +23,7 @@ from .predictions import dense, load_predictions
 from .prices import _COUNTED, market_of
 from .reports import table as as_markdown
 from .reports import with_interval
-from .results import as_asked, spoken_target
+from .results import account_year, as_asked, spoken_target
 from .trading import Trading
 
 # %% ../nbs/04p_benchmark.ipynb #beyond
@@ -177,7 +177,9 @@ def broad_returns(
     if market.volume is not None:
         weights['by value traded'] = np.where(is_there, np.nan_to_num(market.volume), 0.)
     dates = pl.Series('date', market.dates)
-    returns = {name: pl.DataFrame([dates, pl.Series('return', _weighted(market.returns, one))])
+    lost = (1+market.returns)*(1+trading.delisting)-1  # as the account loses it
+    earned = np.where(market.gone, lost, market.returns)
+    returns = {name: pl.DataFrame([dates, pl.Series('return', _weighted(earned, one))])
                for name, one in weights.items()}
     return returns, why
 
@@ -263,7 +265,7 @@ def benchmark_section(
     daily = frames.trades.daily[result.last]
     given, said = _given(benchmark, daily['date'], trading.entry)
     broad, more = _broad(table, trading, prices, as_asked(spoken_target(table)), daily['date'])
-    year = trading.sessions_a_year or result.sessions_a_year
+    year = account_year(result, trading, daily['date'], prices)
     rows, lacking = _rows(daily, given | broad, year)
     tables = [as_markdown(_HEAD, rows)] if rows else []
     picture = [show('benchmark', plot_beyond(result.last, daily, given | broad))] if show and rows else []

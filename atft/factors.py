@@ -253,11 +253,11 @@ def attribute(
     daily:pl.DataFrame,   # date, gross: as from `backtest`
     factors:pl.DataFrame, # date and a column per factor: `returns` of `factor_returns`
     draws:int=1000,       # of the bootstrap for alpha; 0: no interval
-    sessions_a_year:int|None=None, # None: as the days have
+    sessions_a_year:int|None=None, # None: as the days of the account have
 )->Attribution:
     "Least squares of gross daily returns on factor returns; contributions add up to the mean"
     found = _sample(daily, factors)
-    year = sessions_a_year or sessions_per_year(found.dates)
+    year = sessions_a_year or sessions_per_year(daily['date'])
     together = np.column_stack([found.y, found.x/found.x.std(0)])  # alpha does not change by it
     ends = bootstrap_interval(together, _alpha_of, draws)
     frame = _contributions(found, year, ends)
@@ -338,13 +338,13 @@ def _attribution_table(found):
     return markdown_table(head, rows)
 
 # %% ../nbs/04r_factors.ipynb #_others
-def _others_table(accounts, factors, last):
+def _others_table(accounts, factors, last, year=None):
     "Alpha of everybody but the last, without intervals"
     rows = []
     for name, daily in accounts.items():
         if name == last: continue
         try:
-            found = attribute(daily, factors, draws=0)
+            found = attribute(daily, factors, draws=0, sessions_a_year=year)
         except AtftError as refused:
             rows.append([name, '', '', '', str(refused)])
             continue
@@ -388,9 +388,10 @@ def factor_section(
     if result.last not in accounts: return []
     daily = accounts[result.last]
     title = '## What it was paid for'
+    year = trading.sessions_a_year if trading else None
     try:
         made, moves = _made(result, daily, panel, prices, _late(trading, prices))
-        found = attribute(daily, made.returns)
+        found = attribute(daily, made.returns, sessions_a_year=year)
     except AtftError as refused:
         return [title, f'What {result.last} was paid for cannot be said: {_reason(refused)}.']
     told = [title, _first_words(result.last, found), _attribution_table(found)]
@@ -398,4 +399,4 @@ def factor_section(
     told.append(_definitions(made, moves, trading))
     missing = _told_missing(made, found)
     if missing: told.append(missing)
-    return told+_others_table(accounts, made.returns, result.last)
+    return told+_others_table(accounts, made.returns, result.last, year)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['named', 'target_names', 'spoken_target', 'one_target', 'as_asked', 'example_run', 'RunResult', 'load_run',
-           'step_differences', 'Trades', 'trade', 'Doubts', 'deflated', 'best_baseline', 'doubts', 'Frames',
-           'make_frames']
+           'step_differences', 'Trades', 'account_year', 'trade', 'Doubts', 'deflated', 'best_baseline', 'doubts',
+           'Frames', 'make_frames']
 
 # %% ../nbs/04e_results.ipynb #imports
 import hashlib
@@ -289,22 +289,38 @@ def _by_cost(predictions, daily, trading, rate, **options):
         out[bps] = daily if at_cost else again.daily
     return out
 
+# %% ../nbs/04e_results.ipynb #account_year
+_RARE = 200 # days a year up to which predictions are not daily
+
+def account_year(
+    result:RunResult,
+    trading:Trading,
+    dates,       # [D] of the account or of its predictions
+    prices=None, # as for `trade`
+)->int: # sessions
+    "A year of an account: as told, of the calendar, or of its own days where they are rare"
+    if trading.sessions_a_year: return trading.sessions_a_year
+    if prices is not None: return result.sessions_a_year
+    own = sessions_per_year(dates)
+    return own if min(own, result.sessions_a_year) <= _RARE else result.sessions_a_year
+
 # %% ../nbs/04e_results.ipynb #_accounts
 def _worth(daily, year, column='net'):
     "`performance` of an account, of a year of so many sessions"
     return performance(daily, column, sessions_a_year=year)
 
-def _accounts(tables, trading, options):
+def _accounts(result, tables, trading, options):
     "Each table traded, what that is worth before and after costs, and what must be known of it"
     daily = {}
     gross = {}
     net = {}
     notes = {}
     for name, table in tqdm(tables.items(), 'trading', leave=False, delay=1):
-        found = traded(table, trading=trading, **options)
+        year = account_year(result, trading, table['date'].unique(), options['prices'])
+        found = traded(table, trading=replace(trading, sessions_a_year=year), **options)
         daily[name] = found.daily
-        gross[name] = _worth(found.daily, trading.sessions_a_year, 'gross')
-        net[name] = _worth(found.daily, trading.sessions_a_year)
+        gross[name] = _worth(found.daily, year, 'gross')
+        net[name] = _worth(found.daily, year)
         notes[name] = notes_on(found.facts, trading)
     return daily, gross, net, _together(notes)
 
@@ -331,11 +347,11 @@ def trade(
     if prices is None and '1d' not in target_names(last):
         return _nothing('there is no target 1d whose returns could be earned; give prices')
     trading, rate, cost = _terms(trading, cost_bps)
-    year = trading.sessions_a_year or result.sessions_a_year
-    trading = replace(trading, sessions_a_year=year)
     options = dict(horizon=as_asked(spoken_target(last)), prices=prices)
     tables = {n: t for n, t in result.everything.items() if names is None or n in names}
-    daily, gross, net, notes = _accounts(tables, trading, options)
+    daily, gross, net, notes = _accounts(result, tables, trading, options)
+    year = account_year(result, trading, last['date'].unique(), prices)
+    trading = replace(trading, sessions_a_year=year)
     by_cost = _by_cost(last, daily[result.last], trading, rate, **options)
     sharpes = {rate: metric(net[result.last], 'sharpe')}
     for bps in by_cost.keys()-sharpes.keys():
@@ -364,10 +380,15 @@ def deflated(
     return deflated_sharpe(net.to_numpy(), max(trials, 1)) if net.std() else None
 
 def _overfit(result, trades):
+    "Of the phases, or tables, on the days that all their accounts have"
     names = [n for n in result.phases if n in trades.daily]
-    if len(names) < 2 or len(trades.daily[names[0]]) < 40: return None
-    net = [trades.daily[name]['net'].to_numpy() for name in names]
-    return overfit_probability(np.stack(net, 1))
+    if len(names) < 2: return None
+    common = trades.daily[names[0]].select('date')
+    for name in names:
+        net = trades.daily[name].select('date', pl.col('net').alias(name))
+        common = common.join(net, on='date', maintain_order='left')
+    if len(common) < 40: return None
+    return overfit_probability(common.drop('date').to_numpy())
 
 # %% ../nbs/04e_results.ipynb #best_baseline
 def best_baseline(
