@@ -26,7 +26,7 @@ from .tables import _paths
 from .trading import Trading
 
 # %% ../nbs/04t_asked.ipynb #PARAMETERS
-OF_TABLES = ('data', 'target', 'columns') # a run knows these itself
+OF_TABLES = ('data', 'target', 'columns', 'dates') # a run knows these itself
 _FIRST = ('run_dir', 'predictions', *OF_TABLES, 'prices', 'benchmark', 'neutral', 'baselines')
 OF_TRADING = tuple(field.name for field in fields(Trading))
 _LAST = ('cost_bps', 'tried', 'html', 'name', 'report_dir')
@@ -182,6 +182,8 @@ class Asked(NamedTuple):
     command:str
 
 # %% ../nbs/04t_asked.ipynb #read_asked
+def _reading(said): return Reading(said.get('columns'), said.get('dates'))
+
 def read_asked(
     given:dict,   # `PARAMETERS` -> value, None where nothing was said
 )->Asked|None:    # None: nothing was asked
@@ -199,7 +201,7 @@ def read_asked(
     name = None if 'name' not in said else str(said['name'])
     if name is not None: report_path('', name)
     folder = report_folder(runs, tables, said.get('report_dir'))
-    return Asked(runs, tables, target=said.get('target'), reading=Reading(said.get('columns')),
+    return Asked(runs, tables, target=said.get('target'), reading=_reading(said),
                  neutral=_words(said.get('neutral')), trading=trading_of(said),
                  baselines=_words(said.get('baselines')) or None,
                  cost_bps=_cost(said.get('cost_bps')), tried=said.get('tried'),

@@ -25,7 +25,7 @@ from .intervals import bootstrap_interval
 from .predictions import dense, load_predictions
 from .prices import HELD, market_of, one_day
 from .sessions import sessions_per_year
-from .trading import Step, Trading
+from .trading import Step, Trading, charged
 
 # %% ../nbs/04c_backtest.ipynb #handed_on
 _all_ = [Trading, Step, target_weights]  # handed on
@@ -47,11 +47,7 @@ class _Account:
         market = self.market
         depth = None if market.depth is None else market.depth[t]
         step = Step(market.dates[t], market.codes, before, self.held, depth, market.sessions_a_year)
-        cost = self.trading.cost(trade, step)
-        if not np.isfinite(cost):
-            name = type(self.trading).__name__
-            raise AtftError(f'backtest: {name}.cost gave {cost} on {step.date}; it must be finite')
-        return cost
+        return charged(self.trading, trade, step)
 
 # %% ../nbs/04c_backtest.ipynb #earn
 @patch

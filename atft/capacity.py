@@ -24,7 +24,7 @@ from .prices import market_of
 from .reports import table as as_markdown
 from .reports import with_interval
 from .results import as_asked, spoken_target
-from .trading import Step, Trading
+from .trading import Step, Trading, charged
 
 # %% ../nbs/04o_capacity.ipynb #_Watched
 class _Watched(_Account):
@@ -39,8 +39,8 @@ class _Watched(_Account):
         market = self.market
         share = trade/before
         step = Step(market.dates[t], market.codes, 1., self.held/before, None, market.sessions_a_year)
-        fixed = self.trading.cost(share, step)
-        whole = self.trading.cost(share, step._replace(depth=market.depth[t]))
+        fixed = charged(self.trading, share, step)
+        whole = charged(self.trading, share, step._replace(depth=market.depth[t]))
         is_traded = share != 0
         size = np.abs(share[is_traded])
         self.fixed.append(fixed)

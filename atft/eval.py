@@ -47,7 +47,7 @@ from .reports import (
     provenance, provenance_table, save_figure, table, with_interval, write_text)
 from .results import (
     Frames, RunResult, load_run, make_frames, named, step_differences, target_names)
-from .runs import RunFolder, crossing
+from .runs import RunFolder, crossing, trained_by
 from .sentences import (
     alone, effect, label, said_number, said_rival, said_step, same, tried, verdict)
 from .sentences import tried as said_of_tries  # a parameter of the notebook is called tried
@@ -150,7 +150,8 @@ def _backtest_table(trades):
     rows = [_backtest_row(name, trades.gross[name], net) for name, net in trades.net.items()]
     if trades.equal is not None:
         sharpe = with_interval(*metric(trades.equal, 'sharpe'), '.2f')
-        rows.append(['equal weight, long, no costs', sharpe, *['']*9])
+        known = ['equal weight, long, no costs', sharpe]
+        rows.append(known+['']*(len(head)-len(known)))
     return table(head, rows)
 
 # %% ../nbs/04_eval.ipynb #CAVEATS
@@ -172,7 +173,7 @@ def _about(configs):
         parts = [f'{k} {n} days ({a} .. {b})' for k, (a, b, n) in config['split'].items()]
         lines.append('- '+', '.join(parts))
     lines = list(dict.fromkeys(lines))  # seeds of a fold have the same days
-    first = f'{_gap_of(configs[0])} Trained by `python -m atft.phases` with {options}.'
+    first = f'{_gap_of(configs[0])} {trained_by(configs[0])} with {options}.'
     return '\n\n'.join([first, '\n'.join(lines), *_made_of(configs[0])])
 
 def _gap_of(config):

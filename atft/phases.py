@@ -24,7 +24,7 @@ from .core import AtftError, atomic_path, code_key, write_json
 from .inference import (
     CHECKPOINT_VERSION, Setup, attribution, gap_of, load_checkpoint, predict, predictions_table,
     save_checkpoint, setup, stack, validate)
-from .graph import GraphSpec
+from .graph import CorrelationGraph, GraphSpec
 from .grown import record_of
 from .intervals import mean_interval
 from .losses import TERMS
@@ -189,6 +189,17 @@ def _keys_of(shared):
         panel=shared.panel.recipe, graph=edges, network=code_key(ATFT), parts=parts, terms=terms)
 
 # %% ../nbs/03_phases.ipynb #config_of
+def _own_of(shared, phases):
+    "What was handed in and has no place in a command line, in words"
+    own = []
+    try: is_ours = tuple(phases) == table_of(shared.spec, PHASES)
+    except AtftError: is_ours = False  # a change of a phase that ours has not
+    if not is_ours: own.append('a phase table of its own')
+    graph = shared.graphs.graph
+    if type(graph) is not CorrelationGraph or graph.spec != shared.spec.graph:
+        own.append('a graph of its own')
+    return own
+
 def config_of(
     shared:Setup,
     phases:tuple[Phase, ...], # the table, overrides included
@@ -203,7 +214,7 @@ def config_of(
     return dict(
         run=replace(shared.spec, again=False).flat(), phases=rows, data=_data_of(shared.panel), split=split,
         gap=dict(sessions=gap_of(shared.split, shared.panel), reach=shared.panel.spec.reach),
-        keys=_keys_of(shared), made=by_whom)
+        keys=_keys_of(shared), own=_own_of(shared, phases), made=by_whom)
 
 # %% ../nbs/03_phases.ipynb #_start_of
 def _named_start(shared):

@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from urllib.parse import quote
 
-from .core import atomic_path
+from .core import AtftError, atomic_path
 from .project import project_root
 
 # %% ../nbs/00f_reports.ipynb #git_commit
@@ -127,7 +127,11 @@ def table(
     head:list[str],        # column names
     rows:list[list],       # cells, formatted by the caller
 )->str:
-    "A markdown table; a | or a line break in a cell does not end it"
+    "A markdown table; a | or a line break in a cell does not end it, a ragged row is refused"
+    for row in rows:
+        if len(row) != len(head):
+            raise AtftError(f'table: the row {row[0] if row else ""!r} has {len(row)} cells, the '
+                            f'head has {len(head)}; give a cell for each column')
     def one_line(cell): return ' '.join(str(cell).split('\n')).replace('|', r'\|')
     def line(cells):
         return '| ' + ' | '.join(one_line(c) for c in cells) + ' |'

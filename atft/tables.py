@@ -262,6 +262,9 @@ def judgeable(
     prices=None,
 ):                      # the table; sentences
     "A table with targets, its own, the panel's or made of closes"
+    if table['prediction'].is_null().all():
+        raise AtftError(f'predictions of {name}: none of {len(table):,} predictions is a finite '
+                        'number; give a table with scores')
     notes = ()
     if panel is not None: table, notes = with_panel_targets(table, panel)
     has_none = table['target'].is_null().all()
