@@ -28,7 +28,7 @@ from .graph import CorrelationGraph, GraphSpec
 from .grown import record_of
 from .intervals import mean_interval
 from .losses import TERMS
-from .network import ATFT, PARTS
+from .network import ATFT, registered
 from .panel import Panel
 from .phase_row import HORIZONS, Phase, override
 from .processes import Processes
@@ -171,16 +171,10 @@ def _data_of(panel):
         folder=str(panel.folder.resolve()), **record_of(panel))
 
 # %% ../nbs/03_phases.ipynb #_keys_of
-def _part(name):
-    "A part by its name, or one line that says who knows it"
-    if name in PARTS: return PARTS[name]
-    raise AtftError(f'network: part {name!r} is not registered here; run the code that calls '
-                    f'register_part({name!r}, ...) first, in the same process')
-
 def _keys_of(shared):
     "What the panel, the graphs, and the network with its loss are known by"
     graph = shared.graphs.graph
-    parts = {name: code_key(_part(name).make) for name in shared.network_spec.parts}
+    parts = {name: code_key(registered(name).make) for name in shared.network_spec.parts}
     terms = {name: code_key(term) for name, term in TERMS.items()}
     edges = dict(
         name=type(graph).__name__, spec=asdict(graph.spec), version=graph.version,
