@@ -23,7 +23,7 @@ from .panel import Panel
 from .places import read_parquet
 from .predictions import daily_ic, load_predictions
 from .project import project_root
-from .views import LOOKBACK, _bar, _fitted, _rows, _view, _window_name, _windows
+from .views import LOOKBACK, _bar, _rows, _window_name, fit_view, view_of, windows_of
 
 # %% ../nbs/04d_baselines.ipynb #handed-on
 _all_ = [LOOKBACK]  # handed on
@@ -108,7 +108,7 @@ def momentum(
 def _told(panel, scaler, dates, view, models):
     "The long table of the models of a view, by the columns of their targets"
     parts = []
-    for rows, x in _windows(panel, scaler, dates, view.lags):
+    for rows, x in windows_of(panel, scaler, dates, view.lags):
         scores = [pl.Series(f'told {column}', model(x)) for column, model in models.items()]
         parts.append(rows.select('date', 'code', *panel.spec.targets).with_columns(scores))
     rows = pl.concat(parts)
@@ -125,7 +125,7 @@ def _ranked(table):
 def _learned(
     name,  # as reports call it
     panel, split, dates,
-    views, # each a `_View`
+    views, # each a `View`
     fit,   # function(windows, targets) -> for each target a function([rows, columns]) -> predictions
 ):
     "For each target the predictions of the view that ranks the validation days best"
@@ -134,7 +134,7 @@ def _learned(
     fitted = []
     ranked = []
     for view in views:
-        models = _fitted(name, panel, scaler, view, fit)
+        models = fit_view(name, panel, scaler, view, fit)
         fitted.append(models)
         ranked.append(_ranked(_told(panel, scaler, split.valid, view, models)))
     parts = []
@@ -195,8 +195,8 @@ def ridge(
     lags = range(lookback)
     most = _PRODUCTS/(lookback*len(panel.spec.features))
     views = [
-        _view(panel, split.train, (0,), 'the day', most),
-        _view(panel, split.train, lags, _window_name(lags, lookback), most)]
+        view_of(panel, split.train, (0,), 'the day', most),
+        view_of(panel, split.train, lags, _window_name(lags, lookback), most)]
     fit = partial(_fit_ridge, penalty=penalty)
     return _learned('ridge', panel, split, dates, views[:lookback], fit)
 
@@ -250,8 +250,8 @@ def boosting(
         verbose=-1)
     lags = _some_lags(lookback)
     views = [
-        _view(panel, split.train, (0,), 'the day', _CELLS),
-        _view(panel, split.train, lags, _window_name(lags, lookback), _CELLS)]
+        view_of(panel, split.train, (0,), 'the day', _CELLS),
+        view_of(panel, split.train, lags, _window_name(lags, lookback), _CELLS)]
     fit = partial(_fit_trees, options=options, trees=trees)
     return _learned('lightgbm', panel, split, dates, views[:lookback], fit)
 

@@ -90,7 +90,7 @@ def test_windows_are_made_a_part_at_a_time(panel, split, monkeypatch):
     monkeypatch.setattr(views, '_SESSIONS', 30)
     whole = panel.dates[40:200]
     parts = [(len(rows), x.shape) for rows, x in
-             views._windows(panel, Same(), whole, range(LOOKBACK))]
+             views.windows_of(panel, Same(), whole, range(LOOKBACK))]
     assert max(read) <= 30+LOOKBACK and len(read) >= 5
     assert max(n for n, _ in parts) <= 500
     assert all(shape == (n, LOOKBACK*len(panel.spec.features)) for n, shape in parts)
