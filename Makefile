@@ -27,11 +27,11 @@ run: env ## train phases 0 to 4 on the embedded market, then write the report
 	$(BIN)/papermill nbs/04_eval.ipynb -p run_dir $(RUN) -p report_dir reports
 	@echo; cat $(RUN)/verdict.txt
 
-# threads that take turns on a core cost twice the time; a fifth of the tests' time is waiting, so three share two cores
+# threads that take turns on a core cost twice the time; a third of the tests' time is waiting, so four share two cores
 ONE_THREAD := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 test: env ## run every test: the notebooks, then tests/ (DATA=folder of market data, GOLDEN=folder of outputs of the published layers)
 	$(ONE_THREAD) $(BIN)/nbdev_test --n_workers 2
-	$(ONE_THREAD) $(BIN)/python -m pytest -q -n 3 --dist worksteal --durations 12 $(if $(DATA),--data $(DATA)) $(if $(GOLDEN),--golden $(GOLDEN)) tests
+	$(ONE_THREAD) $(BIN)/python -m pytest -q -n 4 --dist worksteal --durations 12 $(if $(DATA),--data $(DATA)) $(if $(GOLDEN),--golden $(GOLDEN)) tests
 
 report: env ## write the evaluation report of a run: make report RUN=runs/NAME
 	$(BIN)/papermill nbs/04_eval.ipynb -p run_dir $(RUN) -p report_dir reports

@@ -293,7 +293,7 @@ def chain_run(
     "The options of a chain, and a folder that is named after them, the code and the data"
     last = len(PHASES)-1
     flat = dict(phase=f'0-{last}', max_epochs=ask.chain_epochs, hidden=ask.hidden, seed=seed,
-                data=from_root(ask.data))
+                data=from_root(ask.data), pictures=False)
     run = RunSpec(**(flat | run_options(ask.options)))
     phases = [repr(phase) for phase in PHASES]
     key = recipe_key(panel.fingerprint, code=TRAINING_CODE, run=run.flat(), phases=phases)

@@ -15,7 +15,7 @@ import numpy as np
 import polars as pl
 from scipy.optimize import brentq
 
-from .backtest import TradingWarning, _Account, _run
+from .backtest import TradingWarning, _Account, _run, facts_of, notes_on
 from .choices import weights_after
 from .core import AtftError
 from .intervals import bootstrap_interval
@@ -80,12 +80,13 @@ def sized(
     predictions = load_predictions(predictions)
     chosen = dense(predictions, horizon)
     market = market_of(chosen, predictions, trading, prices)
-    weights, _ = weights_after(chosen.prediction.numpy(), trading, chosen.horizon, market.plan)
+    weights, choices = weights_after(chosen.prediction.numpy(), trading, chosen.horizon, market.plan)
     account, daily = _run(weights, market, trading, _Watched)
     if account.ruined:
         raise AtftError(f'capacity: ruined on {account.ruined} at the smallest capital; nothing is left '
                         'that a larger one could take')
     found = [np.array(one) for one in (account.fixed, account.moved, account.part)]
+    notes += tuple(notes_on(facts_of(account, choices), trading))
     return Sized(trading, daily['gross'].to_numpy(), *found, market.sessions_a_year, notes)
 
 # %% ../nbs/04o_capacity.ipynb #limits

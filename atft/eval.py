@@ -225,7 +225,8 @@ def data_of(
     "What a report says of its data: the calendar, and all that was found when the panel was made"
     panels = dict.fromkeys(config['data']['panel'] for config in result.configs)
     if not result.configs and result.panel is not None: panels = [repr(result.panel)]
-    year = f'a year has {result.sessions_a_year} sessions; what is said of a year below is of so many.'
+    year = (f'a year has {result.sessions_a_year} sessions; what is said of a year below is of so '
+            'many, unless an account says that its days are fewer.')
     parts = [f'{"; ".join(panels)}. By its calendar {year}' if panels else
              f'No panel was given. By the days of predictions or prices {year}']
     seen = []

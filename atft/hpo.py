@@ -60,7 +60,7 @@ PARAMETERS = dict( # of this notebook
     slurm='hand the trials to Slurm',
     slurm_options='for submitit: names and values with an equals sign, commas between',
     report_dir='where hpo_summary_YYYYMMDD.md goes; None: reports in study_dir')
-DECIDED = ('run_dir', 'resume_checkpoint', 'again', 'predict_test') # by the study, for every trial
+DECIDED = ('run_dir', 'resume_checkpoint', 'again', 'predict_test', 'pictures') # by the study, for every trial
 
 # %% ../nbs/05_hpo.ipynb #trial_run
 def trial_run(
@@ -70,7 +70,7 @@ def trial_run(
 )->RunSpec:
     "The run of a trial"
     own = search.folder/f'trial-{folder:04d}'
-    run = replace(search.run, run_dir=str(own), predict_test=False)
+    run = replace(search.run, run_dir=str(own), predict_test=False, pictures=False)
     return check_run(apply_values(run, values))
 
 # %% ../nbs/05_hpo.ipynb #Pruner

@@ -283,20 +283,23 @@ def validate(
 PREDICTED = (
     'date', 'code', 'horizon', 'target_name', 'prediction', 'q10', 'q50', 'q90', 'target', 'split')
 
+def _relative(score):
+    "The scores [N, H] of a day less their mean, [H, N]"
+    columns = score.double().T.contiguous()
+    return torch.stack([column-column.nanmean() for column in columns]).float()
+
 def _rows(day, labels):
     "The rows of one predicted day, target after target; scores less the mean of their day"
-    tables = []
-    for h, label in enumerate(labels):
-        low, mid, high = day.forecast.quantiles[:, h].numpy().T
-        score = day.forecast.score[:, h].double()
-        score = (score-score.nanmean()).float().numpy()
-        came = day.y[:, h].numpy()
-        columns = dict(code=day.codes, prediction=score, q10=low, q50=mid, q90=high, target=came)
-        tables.append(pl.DataFrame(columns).with_columns(
-            pl.lit(day.date).alias('date'),
-            pl.lit(label.horizon, pl.Int32).alias('horizon'),
-            pl.lit(label.name).alias('target_name')))
-    return tables
+    low, mid, high = day.forecast.quantiles.transpose(0, 1).reshape(-1, 3).numpy().T
+    codes = len(day.codes)
+    horizons = np.array([label.horizon for label in labels], np.int32)
+    return pl.DataFrame(dict(
+        date=[day.date]*codes*len(labels),
+        code=list(day.codes)*len(labels),
+        horizon=horizons.repeat(codes),
+        target_name=[label.name for label in labels for _ in day.codes],
+        prediction=_relative(day.forecast.score).reshape(-1).numpy(),
+        q10=low, q50=mid, q90=high, target=day.y.T.reshape(-1).numpy()))
 
 # %% ../nbs/03g_inference.ipynb #predictions_table
 def _predicted_split(net, shared, which):
@@ -304,7 +307,7 @@ def _predicted_split(net, shared, which):
     labels = shared.panel.spec.labels
     mine = []
     for days in predict(net, shared, shared.days(which)):
-        mine.append(pl.concat([table for day in days for table in _rows(day, labels)]))
+        mine.append(pl.concat([_rows(day, labels) for day in days]))
     table = pl.concat(shared.processes.all(mine))
     return table.with_columns(pl.lit(which).alias('split'))
 

@@ -297,6 +297,10 @@ def overfit_probability(
     if x.ndim != 2 or x.shape[1] < 2 or len(x) < 2*blocks or blocks % 2:
         raise AtftError(f'overfit_probability: {x.shape} values in {blocks} blocks; give [days, at '
             'least 2 strategies], an even number of blocks and two days for each')
+    unknown = ~np.isfinite(x).all(1)
+    if unknown.any():
+        raise AtftError(f'overfit_probability: {unknown.sum():,} of {len(x):,} days have a value that is '
+                        'not a finite number; leave these days out')
     cut = _Blocks(x, blocks)
     halves = itertools.combinations(range(blocks), blocks//2)
     ranks = [cut.rank_elsewhere(half) for half in halves]

@@ -23,10 +23,11 @@ from .reports import with_interval
 # %% ../nbs/04b_judge.ipynb #_note
 _TARGET = ('horizon', 'target_name') # what a row of every frame begins with
 
-def _note(days, enough, constant, names, kept=0.):
+def _note(days, enough, constant, names, kept=0., flat=0):
     "What a reader must know before the number; '' if nothing"
     if not days: return f'no day has 5 codes with prediction and target (at most {names})'
     if constant == days: return 'predictions are constant across codes'
+    if flat: return f'targets are the same for all codes on {flat:,} of {days:,} days, which count 0'
     if not enough: return 'too few days for an interval'
     if kept <= PERSISTENT: return ''
     return f'a day keeps {kept:.0%} of the day before: the intervals are wider for it'
@@ -105,6 +106,7 @@ def _row(table, daily, horizon, name, draws, level):
     span = _rows_of(horizon, daily['date'])
     found = _of_series(daily['rank_ic'], span, draws, level)
     constant = int((days['spread'].fill_null(0) <= 0).sum())
+    flat = int((days['target_spread'].fill_null(0) <= 0).sum())
     enough = found['low'] == found['low']
     kept = persistence(days['rank_ic'].to_numpy(), span)
     return dict(
@@ -112,7 +114,7 @@ def _row(table, daily, horizon, name, draws, level):
         rank_autocorrelation=rank_autocorrelation(dense(table, name).prediction),
         **_calibration(table.filter(pl.col('target_name') == name)),
         days=len(days), days_constant=constant, names=daily['names'].mean(),
-        note=_note(len(days), enough, constant, daily['names'].max(), kept))
+        note=_note(len(days), enough, constant, daily['names'].max(), kept, flat))
 
 # %% ../nbs/04b_judge.ipynb #evaluate
 def evaluate(
@@ -324,12 +326,24 @@ _ROW = ('date', 'code', 'target_name')
 
 def _to_judge(table):
     "The rows with a prediction and a target"
-    return table.drop_nulls(['prediction', 'target']).select(_ROW)
+    return table.drop_nulls(['prediction', 'target']).select(*_ROW, 'target')
 
-def _paired(a, b):
+def _check_same_targets(common, names):
+    "One line if the rows of two tables are judged by other returns"
+    apart = (pl.col('target')-pl.col('target_b')).abs()
+    largest = pl.max_horizontal(pl.col('target').abs(), pl.col('target_b').abs())
+    other = common.filter(apart > 1e-4*largest+1e-6)  # float32 and a decimal text may differ
+    if not len(other): return
+    day, code, target, of_a, of_b = other.row(0)
+    raise AtftError(f'compare: {len(other):,} of {len(common):,} common rows have another target in '
+                    f'{names[0]} than in {names[1]} ({target} of {code} on {day}: {of_a:.6g} and '
+                    f'{of_b:.6g}); give both the same returns')
+
+def _paired(a, b, names=('a', 'b')):
     "Daily rank ICs of two tables on the rows that both are judged on; None without"
-    common = _to_judge(a).join(_to_judge(b), on=_ROW)
+    common = _to_judge(a).join(_to_judge(b), on=_ROW, suffix='_b')
     if not len(common): return None
+    _check_same_targets(common, names)
     series = []
     for table in (a, b):
         if len(table) > len(common):
@@ -341,7 +355,7 @@ def _paired(a, b):
 # %% ../nbs/04b_judge.ipynb #_differences
 def _differences(a, b, names):
     "Rows of `compare` for two tables"
-    paired = _paired(a, b)
+    paired = _paired(a, b, names)
     if paired is None:
         raise AtftError(f'compare: no row is predicted by both {names[0]} and {names[1]}, with a '
                         'target in both; give tables of the same days and codes')

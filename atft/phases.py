@@ -146,8 +146,10 @@ def write_results(
         else: folder.best(number).unlink(missing_ok=True)  # of an earlier training
         with atomic_path(folder.predictions_path(number)) as temp:
             predictions.write_parquet(temp)
-        picture = attribution(trainer.net, shared)
-        save_figure(picture, folder.path/f'phase{number}.md', 'attribution', False) # fixed margins
+        if shared.spec.pictures:
+            picture = attribution(trainer.net, shared)
+            save_figure(picture, folder.path/f'phase{number}.md', 'attribution', False) # fixed margins
+        else: folder.attribution(number).unlink(missing_ok=True)
         write_json(folder.metrics_path(number), metrics(trainer))
     trainer.tell('phase_ends')
     shared.processes.wait()

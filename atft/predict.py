@@ -177,7 +177,7 @@ def _forecast(run, shared, net, wanted):
     for places, days in passes.items():
         dataset = shared.dataset(shared.panel.dates[list(places)])
         for found in predict(net, shared, dataset):
-            tables += [table for day in found if day.date in days for table in _rows(day, labels)]
+            tables += [_rows(day, labels) for day in found if day.date in days]
     keys = ('date', 'code', 'horizon', 'target_name')
     return pl.concat(tables).select(*keys, 'prediction', 'q10', 'q50', 'q90').fill_nan(None)
 

@@ -241,21 +241,25 @@ def dense(
                  rows['horizon'][0], rows['target_name'][0])
 
 # %% ../nbs/04a_predictions.ipynb #_daily
+def _spread(values, both):
+    "[D] deviation across the codes that have both, NaN without any"
+    known = torch.where(both, values, torch.nan)
+    spread = (known-known.nanmean(1, keepdim=True)).square().nanmean(1).sqrt()
+    # the mean of a constant is not always that constant; its range is always 0
+    above = torch.where(both, values, -torch.inf).amax(1)
+    below = torch.where(both, values, torch.inf).amin(1)
+    return torch.where(above == below, 0., spread).numpy()
+
 def _daily(one):
     "The days of one target, see `daily_ic`"
     both = one.prediction.isfinite() & one.target.isfinite()
-    known = torch.where(both, one.prediction, torch.nan)
-    spread = (known-known.nanmean(1, keepdim=True)).square().nanmean(1).sqrt()
-    # the mean of a constant is not always that constant; its range is always 0
-    above = torch.where(both, one.prediction, -torch.inf).amax(1)
-    below = torch.where(both, one.prediction, torch.inf).amin(1)
-    spread = torch.where(above == below, 0., spread)
     days = pl.DataFrame(dict(
         date=one.dates,
         rank_ic=rank_ic(one.prediction, one.target).numpy(),
         ic=pearson(one.prediction, one.target).numpy(),
         names=both.sum(1).numpy(),
-        spread=spread.numpy()))
+        spread=_spread(one.prediction, both),
+        target_spread=_spread(one.target, both)))
     horizon = pl.lit(one.horizon, pl.Int32).alias('horizon')
     name = pl.lit(one.target_name).alias('target_name')
     return days.fill_nan(None).select(horizon, name, pl.all())
@@ -263,7 +267,7 @@ def _daily(one):
 # %% ../nbs/04a_predictions.ipynb #daily_ic
 def daily_ic(
     predictions:pl.DataFrame, # from `load_predictions`
-)->pl.DataFrame: # horizon, target_name, date, rank_ic, ic, names, spread (deviation across codes)
+)->pl.DataFrame: # horizon, target_name, date, rank_ic, ic, names, deviations: spread, target_spread
     "Spearman and Pearson correlation of each day; null with fewer than 5 names"
     table = _loaded(predictions)
     parts = [_daily(dense(table, name)) for _, name in targets_in(table)]

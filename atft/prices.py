@@ -249,12 +249,12 @@ def _decisions(
     return np.where(is_held, HELD, decided), every
 
 # %% ../nbs/04h_prices.ipynb #_said_held
-def _said_held(decided):
+def _said_held(decided, longest):
     "How many sessions have no predictions of their own, in a sentence if any"
     held = int((decided == HELD).sum())
     if not held: return ()
     return (f'{held:,} of {len(decided):,} sessions have no predictions: positions are held until '
-            'the next ones',)
+            f'the next ones, for {longest} sessions at most',)
 
 # %% ../nbs/04h_prices.ipynb #_steps
 def _steps(
@@ -287,14 +287,16 @@ def _from_prices(chosen, prices, trading):
     rows = rows.filter(pl.col('code').is_in(chosen.codes))
     lag = int(trading.entry != 'close')
     steps, decided, at = _steps(chosen.dates, calendar, lag, chosen.horizon)
-    plan = schedule(at, trading.rebalance, _longest(at, chosen.horizon)[1])
+    longest = _longest(at, chosen.horizon)[1]
+    plan = schedule(at, trading.rebalance, longest)
     column = 'open' if trading.entry == 'next_open' else 'close'
     price = _grid(rows, calendar, chosen.codes, column)
     volume = None
     depth = None
     if trading.impact:
         volume, depth = _depth(rows, calendar, chosen.codes, trading, steps-lag)
-    notes = _said_plan(plan, trading)+_said_prices(rows, without, stray, counts)+_said_held(decided)
+    notes = _said_plan(plan, trading)+_said_prices(rows, without, stray, counts)
+    notes += _said_held(decided, longest)
     year = trading.sessions_a_year or sessions_per_year(calendar)
     known = np.ones((len(steps), len(chosen.codes)), bool)
     return Market([calendar[day] for day in steps-lag], chosen.codes, _planned(decided, plan),

@@ -13,6 +13,7 @@ import os
 import re
 import sys
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -272,12 +273,17 @@ def _mend_links(text, pages):
     return re.sub(r'\(https?://[^)\s]*?/(\w+)\.html(#[\w.]+)?\)', page, text)
 
 # %% ../nbs/00e_project.ipynb #site_links
+@cache
+def _pages(project):
+    "The page of each module; read once, cells by the thousand ask"
+    notebooks = (project/'nbs').glob('[0-9]*.ipynb')
+    return {p.stem.split('_', 1)[1]: p.name for p in notebooks}
+
 def site_links(
     cell, # a notebook cell on its way to Quarto
 ):
     "Point nbdev's links to `NN_name.ipynb#symbol`; show this notebook's classes without a module"
-    notebooks = (project_root()/'nbs').glob('[0-9]*.ipynb')
-    pages = {p.stem.split('_', 1)[1]: p.name for p in notebooks}
+    pages = _pages(project_root())
     if cell.cell_type == 'markdown': cell.source = _mend_links(cell.source, pages)
     for output in cell.get('outputs', []):
         data = getattr(output, 'data', {})

@@ -198,7 +198,7 @@ def trained_by(
 # %% ../nbs/03b_runs.ipynb #_differences
 FREE = {  # may differ between runs in one folder
     'phase', 'run_dir', 'resume_checkpoint', 'again', 'save_phase_checkpoint', 'save_minutes',
-    'device', 'num_workers', 'data', 'sectors', 'universe', 'join'}
+    'pictures', 'device', 'num_workers', 'data', 'sectors', 'universe', 'join'}
 
 def _differences(old, new):
     "What two configurations disagree about, in words"

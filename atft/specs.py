@@ -160,12 +160,13 @@ class TrainingSpec:
     accumulate:int = 1          # passes an optimizer step adds up; shared by torchrun's processes
     precision:str = 'float32'   # of the network's arithmetic: float32, bfloat16 or float16
     predict_test:bool = True    # False: predict the validation days alone, as a search wants it
+    pictures:bool = True        # draw what the network looks at, after each phase
     save_minutes:float = 5.     # a checkpoint inside an epoch after so many minutes
 
     def __post_init__(self):
         object.__setattr__(self, 'phase', str(self.phase))
         _check_places(self, 'run_dir', 'resume_checkpoint')
-        _check_flags(self, 'again', 'save_phase_checkpoint', 'predict_test')
+        _check_flags(self, 'again', 'save_phase_checkpoint', 'predict_test', 'pictures')
         _check_counts(self, 0, 'seed', 'num_workers')
         _check_counts(self, 1, 'days_per_step', 'accumulate', optional=('max_epochs',))
         _check_training(self)

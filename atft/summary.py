@@ -52,7 +52,7 @@ def suggested_line(
     spec:RunSpec, # from `winner`
 )->str:
     "What to type for the winner's weights: all that differs from the defaults but its folder"
-    return command_line(replace(spec, run_dir=None, predict_test=True))
+    return command_line(replace(spec, run_dir=None, predict_test=True, pictures=True))
 
 # %% ../nbs/05b_summary.ipynb #_winner_predictions
 def _winner_predictions(spec, panel):

@@ -21,7 +21,7 @@ from atft.panel import PanelSpec, write_panel
 from atft.phases import RunSpec, load_checkpoint, predict, run_phases, setup
 from atft.predictions import example_predictions
 
-SMALL = RunSpec(phase='0', max_epochs=1, hidden=8, lookback=10, embargo=5)
+SMALL = RunSpec(phase='0', max_epochs=1, hidden=8, lookback=10, embargo=5, pictures=False)
 BARS = ('open', 'high', 'low', 'close', 'volume')
 
 

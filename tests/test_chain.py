@@ -22,7 +22,7 @@ from atft.phases import RunFolder, RunSpec, Stopped, plan, run_phases
 TINY = dict(
     max_epochs=2, hidden=4, heads=2, lookback=6, graph_lookback=12, min_obs=6, train_days=16,
     days_per_step=4, embargo=2, fan_windows=(3,), san_slices=2, device='cpu', predict_test=False,
-    overrides='lr=.02,averaging=0')  # so that every epoch moves the weights
+    pictures=False, overrides='lr=.02,averaging=0')  # so that every epoch moves the weights
 
 
 def spec(run, **options): return RunSpec(**TINY | dict(run_dir=str(run)) | options)
@@ -31,15 +31,6 @@ def spec(run, **options): return RunSpec(**TINY | dict(run_dir=str(run)) | optio
 def train(market, run, *, phase='0', watch=None, report=None, **options):
     told = spec(run, phase=phase, **options)
     return run_phases(told, market, show=False, watch=watch, report=report)
-
-
-@pytest.fixture(scope='module', autouse=True)
-def no_pictures():
-    "They take three quarters of so small a phase"
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(phases, 'attribution', lambda *_: None)
-        patched.setattr(phases, 'save_figure', lambda *_: None)
-        yield
 
 
 @pytest.fixture(scope='module')

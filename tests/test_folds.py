@@ -36,7 +36,7 @@ from atft.runs import RunFolder
 from atft.specs import RunSpec, parameters_cell
 from atft.walked import gather, spread, write_report
 
-SIZES = dict(phase='0', max_epochs=1, hidden=8, lookback=8, embargo=5)
+SIZES = dict(phase='0', max_epochs=1, hidden=8, lookback=8, embargo=5, pictures=False)
 STEPS = dict(stride=20, valid_days=45, min_train=165, seeds='0,1', threads=1)  # three folds
 
 

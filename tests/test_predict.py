@@ -9,7 +9,6 @@ import polars as pl
 import pytest
 from conftest import ROOT
 
-from atft import phases
 from atft.backtest import Trading, target_weights
 from atft.bars import bars_panel
 from atft.core import AtftError
@@ -26,7 +25,7 @@ KEYS = ['date', 'code', 'horizon', 'target_name']
 SCORES = ['prediction', 'q10', 'q50', 'q90']
 TINY = dict(
     phase='0-1', max_epochs=1, hidden=4, heads=2, lookback=6, graph_lookback=12, min_obs=6, train_days=12,
-    days_per_step=4, embargo=0, fan_windows=(3,), san_slices=2, device='cpu',
+    days_per_step=4, embargo=0, fan_windows=(3,), san_slices=2, device='cpu', pictures=False,
     overrides='lr=.02,averaging=0')
 
 
@@ -55,10 +54,8 @@ def runs(folder, bars, days):
     (folder/'bars').mkdir()
     until(bars, days[323]).write_parquet(folder/'bars/until.parquet')
     sources = folder/'panel', folder/'bars'  # the same panel, read and made
-    with pytest.MonkeyPatch.context() as patched:  # pictures take three quarters of so small a phase
+    with pytest.MonkeyPatch.context() as patched:
         patched.chdir(folder)
-        patched.setattr(phases, 'attribution', lambda *_: None)
-        patched.setattr(phases, 'save_figure', lambda *_: None)
         for seed in (0, 1):
             told = dict(valid=str(days[280]), test=str(days[310]), seed=seed, data=str(sources[seed]))
             spec = RunSpec(**TINY | told, run_dir=str(folder/f'runs/seed_{seed}'))

@@ -20,7 +20,7 @@ from atft.checkpoint import load_state, save_state
 from atft.core import AtftError
 from atft.phases import CHECKPOINT_VERSION
 
-TINY = '--phase 0-1 --max-epochs 2 --hidden 8 --lookback 10 --embargo 5 --save-minutes 0.004'
+TINY = '--phase 0-1 --max-epochs 2 --hidden 8 --lookback 10 --embargo 5 --no-pictures --save-minutes 0.004'
 SHARED = ('--accumulate', '2', '--days-per-step', '2')
 HEARD = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 

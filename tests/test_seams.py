@@ -33,7 +33,7 @@ from atft.phases import (
     run_phases, setup)
 from atft.specs import flat_names
 
-TINY = dict(max_epochs=1, hidden=8, lookback=10, embargo=5)
+TINY = dict(max_epochs=1, hidden=8, lookback=10, embargo=5, pictures=False)
 
 # --- targets by name
 

@@ -25,7 +25,7 @@ from atft.panel import Panel
 from atft.phases import Callback, RunFolder, RunSpec, run_phases
 
 BIN = Path(sys.executable).parent
-TINY = dict(max_epochs=1, hidden=8, lookback=10, embargo=5)
+TINY = dict(max_epochs=1, hidden=8, lookback=10, embargo=5, pictures=False)
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from atft import phases
 from atft.backtest import backtest
 from atft.core import AtftError
 from atft.hpo import Search, finished_trials, open_study, run_study, winner
@@ -20,18 +19,9 @@ from atft.tried import Tried, count_tried, project_folder, project_ledger
 
 TINY = dict(
     phase='0', max_epochs=1, hidden=4, heads=2, lookback=6, graph_lookback=12, min_obs=6,
-    days_per_step=8, embargo=2, fan_windows=(3,), san_slices=2, device='cpu', train_days=24,
+    days_per_step=8, embargo=2, fan_windows=(3,), san_slices=2, device='cpu', train_days=24, pictures=False,
     targets=('1d', '5d'))
 FIXED = ('hidden', 'fan_windows', 'san_slices')
-
-
-@pytest.fixture(scope='module', autouse=True)
-def no_pictures():
-    "They take three quarters of so small a phase"
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(phases, 'attribution', lambda *_: None)
-        patched.setattr(phases, 'save_figure', lambda *_: None)
-        yield
 
 
 @pytest.fixture(scope='module')
