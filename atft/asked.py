@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import polars as pl
 
+from .benchmark import read_benchmark
 from .core import AtftError
 from .intake import Reading, Taken, take
 from .places import Place, not_there, place
@@ -59,8 +60,10 @@ def _cost(value):
 # %% ../nbs/04t_asked.ipynb #trading_of
 def _as_number(value):
     "A number where a text is one: papermill leaves 1e7 a text"
-    try: return float(value) if isinstance(value, str) else value
+    if not isinstance(value, str): return value
+    try: number = float(value)
     except ValueError: return value
+    return int(number) if number.is_integer() else number
 
 def trading_of(
     given:dict, # name -> value
@@ -198,6 +201,7 @@ def read_asked(
     if not runs and not tables:
         raise AtftError('run_dir, predictions: no path is named')
     paths = {name: _one_path(name, said) for name in ('data', 'prices', 'benchmark')}
+    if paths['benchmark']: read_benchmark(paths['benchmark'])  # refused here, not in an hour
     name = None if 'name' not in said else str(said['name'])
     if name is not None: report_path('', name)
     folder = report_folder(runs, tables, said.get('report_dir'))

@@ -38,7 +38,7 @@ from .intervals import deflated_sharpe
 from .judge import (
     compare, decay, decile_returns, delay_table, entry_delays, evaluate, evaluate_by, plot_decay,
     plot_deciles)
-from .neutral import neutral_section
+from .neutral import check_groupings, neutral_section
 from .pictures import plot_evaluation
 from .predictions import daily_ic, dense, load_predictions
 from .project import project_root
@@ -408,6 +408,7 @@ def write_evaluation(
     neutral:tuple[str, ...]=(), # names of groupings; (): those that are there
 )->list[str]:                # the sentences of its verdict
     "Write the report of a result"
+    check_groupings(neutral, result.everything.values())
     frames = make_frames(result, trading, cost_bps, prices)
     sentences = verdict(result, frames.evaluations, frames.pairs, cost_bps, frames.trades)
     facts = _facts(command, result) | (told or {})

@@ -51,6 +51,9 @@ def read_holdings(
     "What is held before today's trades"
     parts = parts_of(source, 'holdings', Counter(), None)
     table = pl.concat([part.table for part in parts], how='diagonal_relaxed')
+    is_empty = not table.select(pl.len()).collect().item()
+    if is_empty and {'code', 'weight'} <= set(table.collect_schema()):
+        return pl.DataFrame(schema=dict(code=pl.String, held=pl.Float64))  # nothing is held
     if 'date' not in table.collect_schema(): table = table.with_columns(date=Date(1, 1, 1))
     held = take(table, ('weight',), name='holdings', drop_twice=None).table
     held = held.filter(pl.col('weight').is_not_null()).collect()
