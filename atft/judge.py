@@ -331,8 +331,7 @@ def _to_judge(table):
 def _check_same_targets(common, names):
     "One line if the rows of two tables are judged by other returns"
     apart = (pl.col('target')-pl.col('target_b')).abs()
-    largest = pl.max_horizontal(pl.col('target').abs(), pl.col('target_b').abs())
-    other = common.filter(apart > 1e-4*largest+1e-6)  # float32 and a decimal text may differ
+    other = common.filter(apart > 1e-6+1e-4*pl.col('target').abs())  # more than float32 and decimals do
     if not len(other): return
     day, code, target, of_a, of_b = other.row(0)
     raise AtftError(f'compare: {len(other):,} of {len(common):,} common rows have another target in '

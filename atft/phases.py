@@ -282,8 +282,7 @@ def _run_chain(shared, folder, phases, keeper, callbacks, show, kind=Trainer):
     for number in todo:
         resume = shared.spec.resume_checkpoint if number == wanted[0] else 'auto'
         start = _start_of(number, folder, shared, resume)
-        trainer = train_phase(
-            shared, folder, number, phases[number], start, callbacks, resume, kind)
+        trainer = train_phase(shared, folder, number, phases[number], start, callbacks, resume, kind)
         done[number] = write_results(trainer, folder)
         keeper.stop_if_asked(trainer)
     return done or {number: folder.read_metrics(number) for number in wanted}

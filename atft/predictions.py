@@ -7,6 +7,7 @@ __all__ = ['COLUMNS', 'KEYS', 'FURTHER', 'targets_in', 'load_predictions', 'exam
 
 # %% ../nbs/04a_predictions.ipynb #imports
 import re
+from functools import lru_cache
 from numbers import Integral
 from typing import NamedTuple
 
@@ -183,13 +184,9 @@ def _loaded(predictions):
     return load_predictions(predictions)
 
 # %% ../nbs/04a_predictions.ipynb #example_predictions
-def example_predictions(
-    noise:float=.5, # share of noise: 0 knows every expectation, 1 knows nothing
-    seed:int=0,     # of the noise
-    codes:int=60,
-    days:int=400,
-)->pl.DataFrame:
-    "A forecaster of a small market, for demonstrations"
+@lru_cache(maxsize=4)
+def _example_market(codes, days):
+    "What a small market brings and what of it can be known: date, code, horizon, target, oracle"
     from atft.market import synthetic_market  # here: who judges needs no market
     market = synthetic_market(codes=codes, days=days, clusters=6)
     targets = market.panel_spec.targets
@@ -197,10 +194,20 @@ def example_predictions(
     sessions = pl.col('variable').str.extract(r'(\d+)').cast(pl.Int32)
     truth = truth.select('date', 'code', 'target', horizon=sessions)
     keys = ['date', 'code', 'horizon']
-    rows = truth.join(market.oracle.select(*keys, 'oracle'), on=keys).sort('horizon', 'date', 'code')
+    rows = truth.join(market.oracle.select(*keys, 'oracle'), on=keys)
+    return rows.sort('horizon', 'date', 'code')
+
+def example_predictions(
+    noise:float=.5, # share of noise: 0 knows every expectation, 1 knows nothing
+    seed:int=0,     # of the noise
+    codes:int=60,
+    days:int=400,
+)->pl.DataFrame:
+    "A forecaster of a small market, for demonstrations"
+    rows = _example_market(codes, days)
     drawn = pl.Series(np.random.default_rng(seed).normal(size=len(rows)))
     known = (1-noise)*pl.col('oracle')/pl.col('oracle').std().over('horizon')
-    return load_predictions(rows.select(*keys, 'target', prediction=known+noise*drawn))
+    return load_predictions(rows.select('date', 'code', 'horizon', 'target', prediction=known+noise*drawn))
 
 # %% ../nbs/04a_predictions.ipynb #Dense
 class Dense(NamedTuple):

@@ -151,7 +151,8 @@ def test_sections_say_what_they_cannot_say(closes, tmp_path):
     nothing = SimpleNamespace(trades=SimpleNamespace(daily={}, why='there are no prices'))
     assert benchmark_section(result, nothing, closes, prices)[1:] == ['Nothing is traded: there are no prices.']
     whole = capacity_section(result, frames, Trading(), prices, show=show)
-    assert whole[0] == '## Capacity' and 'impact=0' in whole[-1]
+    assert whole[0] == '## Capacity' and 'impact=0' in whole[-2]
+    assert 'volatility of the last 20 sessions is not known' in whole[-1]
     assert drawn == ['benchmark', 'capacity']
     for without in (None, prices.drop('dollar_volume')):
         title, why = capacity_section(result, frames, None, without)

@@ -232,7 +232,7 @@ def test_a_prediction_is_relative_to_the_mean_of_its_day():
     codes = [f'C{i}' for i in range(50)]
     score = .01*torch.randn(50, 1, generator=torch.Generator().manual_seed(0))+.06
     day = Predicted(date(2024, 1, 4), codes, Forecast(score, torch.zeros(50, 1, 3)), score)
-    prediction = _rows(day, [Target(1)])[0]['prediction']
+    prediction = _rows(day, [Target(1)])['prediction']
     assert abs(prediction.mean()) < 1e-6*prediction.std()
     assert prediction.arg_sort().to_list() == score[:, 0].argsort().tolist()
 
