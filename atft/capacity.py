@@ -49,7 +49,7 @@ class _Watched(_Account):
         self.part.append(of_volume/size.sum() if len(size) else np.nan)
         return super().pay(t, before, trade)
 
-# %% ../nbs/04o_capacity.ipynb #sized
+# %% ../nbs/04o_capacity.ipynb #Sized
 class Sized(NamedTuple):
     "What an account earns and pays, day by day, in shares of what there is"
     trading:Trading   # with an impact, and a capital of 1
@@ -60,12 +60,14 @@ class Sized(NamedTuple):
     sessions_a_year:int
     notes:tuple[str, ...] # what a reader must know, in sentences
 
+# %% ../nbs/04o_capacity.ipynb #_with_impact
 def _with_impact(trading):
     "A trading of a capital of 1 whose trades move prices, and what is to be said of that"
     if trading.impact: return replace(trading, capital=1.), ()
     said = 'the trading has no impact (impact=0): 1 is used here, the usual size'
     return replace(trading, capital=1., impact=1.), (said,)
 
+# %% ../nbs/04o_capacity.ipynb #sized
 def sized(
     predictions,      # anything that `load_predictions` takes
     trading:Trading,
@@ -113,12 +115,25 @@ def limits(
     if above_half(0) > 0: out['half'] = float(brentq(above_half, 0, root)**2)
     return out | dict(zero=float(root**2))
 
-# %% ../nbs/04o_capacity.ipynb #capacity
+# %% ../nbs/04o_capacity.ipynb #_usual_capitals
 def _usual_capitals(account):
     "Powers of ten from a thousandth of where nothing is left to beyond it; 1e5 to 1e9 where nothing is there"
     zero = limits(account)['zero']
     last = 8 if zero is None else math.floor(math.log10(zero))
     return 10.**np.arange(last-3, last+2)
+
+def _checked(capitals):
+    "Capitals as numbers above 0, or one line"
+    found = np.asarray(capitals, float).reshape(-1)
+    if not len(found) or not (np.isfinite(found) & (found > 0)).all():
+        raise AtftError(f'capacity: capitals={capitals!r} must be finite numbers above 0')
+    return found
+
+# %% ../nbs/04o_capacity.ipynb #capacity_of
+def _participation(account, capitals):
+    "The mean share of a code's volume that is traded at each capital; 0 where nothing is traded"
+    traded = account.part[np.isfinite(account.part)]
+    return capitals*traded.mean() if len(traded) else 0*capitals
 
 def capacity_of(
     account:Sized,
@@ -128,24 +143,18 @@ def capacity_of(
     "Net Sharpe ratio, costs and share of the volume at each capital"
     capitals = _usual_capitals(account) if capitals is None else _checked(capitals)
     year = account.sessions_a_year
+    roots = capitals**.5  # impact grows with the root of the capital
     def sharpes(sample):
-        return np.array([_sharpe(sample[:, 0]-root*sample[:, 1], year) for root in capitals**.5])
+        return np.array([_sharpe(sample[:, 0]-root*sample[:, 1], year) for root in roots])
     both = np.stack([account.gross-account.fixed, account.moved], 1)
     low, high = bootstrap_interval(both, sharpes, draws)
-    cost = (account.fixed.mean()+capitals**.5*account.moved.mean())*year
-    traded = account.part[np.isfinite(account.part)]
-    part = capitals*traded.mean() if len(traded) else 0*capitals
-    found = pl.DataFrame(dict(capital=capitals, sharpe=sharpes(both), low=low, high=high, cost=cost,
-                              participation=part))
+    cost = (account.fixed.mean()+roots*account.moved.mean())*year
+    found = pl.DataFrame(dict(
+        capital=capitals, sharpe=sharpes(both), low=low, high=high, cost=cost,
+        participation=_participation(account, capitals)))
     return found.fill_nan(None)
 
-def _checked(capitals):
-    "Capitals as numbers above 0, or one line"
-    found = np.asarray(capitals, float).reshape(-1)
-    if not len(found) or not (np.isfinite(found) & (found > 0)).all():
-        raise AtftError(f'capacity: capitals={capitals!r} must be finite numbers above 0')
-    return found
-
+# %% ../nbs/04o_capacity.ipynb #capacity
 def capacity(
     predictions,      # anything that `load_predictions` takes
     trading:Trading,
@@ -179,7 +188,7 @@ def plot_capacity(
     if ends['zero']: ax.legend(frameon=False, fontsize=8)
     return figure
 
-# %% ../nbs/04o_capacity.ipynb #capacity_section
+# %% ../nbs/04o_capacity.ipynb #_said_limits
 def _said_limits(name, account):
     "The two capitals in a sentence"
     ends = limits(account)
@@ -196,6 +205,7 @@ def _said_limits(name, account):
     return (f'Half of the gross Sharpe ratio of {name} ({gross}) is left at a capital of '
             f'{ends["half"]:,.0f} in the currency of the prices, {zero}.')
 
+# %% ../nbs/04o_capacity.ipynb #capacity_section
 def _table(found):
     "The frame as markdown"
     rows = []
