@@ -26,19 +26,38 @@ from .reports import with_interval
 from .results import account_year, as_asked, spoken_target
 from .trading import Trading
 
-# %% ../nbs/04p_benchmark.ipynb #beyond
+# %% ../nbs/04p_benchmark.ipynb #_beyond
 BEYOND = ('beta', 'alpha', 'active_return', 'tracking_error', 'information_ratio')
 
 def _beyond(two, year):
     "`BEYOND` of [D, 2] daily returns, the account's and the benchmark's"
-    ours, its = two[:, 0], two[:, 1]
+    ours = two[:, 0]
+    its = two[:, 1]
     apart = its-its.mean()
-    beta = _ratio(float(apart @ (ours-ours.mean())), float(apart @ apart)) if np.ptp(its) else 0.
+    together = float(apart @ (ours-ours.mean()))
+    alone = float(apart @ apart)
+    beta = _ratio(together, alone) if np.ptp(its) else 0.
     alpha = (ours.mean()-beta*its.mean())*year
     active = ours-its
-    error = active.std()*year**.5 if np.ptp(active) > 1e-15 else 0.
-    return np.array([beta, alpha, active.mean()*year, error, _ratio(active.mean()*year, error)])
+    gained = active.mean()*year
+    error = active.std()*year**.5 if np.ptp(active) > 1e-15 else 0.  # less is rounding
+    return np.array([beta, alpha, gained, error, _ratio(gained, error)])
 
+# %% ../nbs/04p_benchmark.ipynb #_aligned
+def _aligned(daily, benchmark, entry):
+    "[D] returns of the benchmark over the account's steps"
+    if isinstance(benchmark, np.ndarray):
+        if benchmark.shape == (len(daily),): return benchmark
+        raise AtftError(f'benchmark: {benchmark.shape} returns for an account of {len(daily):,} days')
+    read = read_benchmark(benchmark)
+    if len(read.levels) > 1:
+        raise AtftError(f'benchmark: there are several ({", ".join(read.levels)}); give one')
+    for note in read.notes:
+        warnings.warn_explicit(f'benchmark: {note}', TradingWarning, 'atft.benchmark', 0)
+    level = next(iter(read.levels.values()))
+    return benchmark_returns(level, daily['date'], entry)
+
+# %% ../nbs/04p_benchmark.ipynb #beyond
 def beyond(
     daily:pl.DataFrame, # from `backtest`: date, net
     benchmark,          # [D] returns of the same steps, NaN where unknown; or a source, see `read_benchmark`
@@ -63,19 +82,7 @@ def beyond(
     counted = pl.DataFrame(dict(metric=list(counts), value=list(counts.values())))
     return pl.concat([found, counted.cast(dict(value=pl.Float64))], how='diagonal')
 
-def _aligned(daily, benchmark, entry):
-    "[D] returns of the benchmark over the account's steps"
-    if isinstance(benchmark, np.ndarray):
-        if benchmark.shape == (len(daily),): return benchmark
-        raise AtftError(f'benchmark: {benchmark.shape} returns for an account of {len(daily):,} days')
-    read = read_benchmark(benchmark)
-    if len(read.levels) > 1:
-        raise AtftError(f'benchmark: there are several ({", ".join(read.levels)}); give one')
-    for note in read.notes:
-        warnings.warn_explicit(f'benchmark: {note}', TradingWarning, 'atft.benchmark', 0)
-    return benchmark_returns(next(iter(read.levels.values())), daily['date'], entry)
-
-# %% ../nbs/04p_benchmark.ipynb #read_benchmark
+# %% ../nbs/04p_benchmark.ipynb #Read
 class Read(NamedTuple):
     "Benchmarks that were given"
     levels:dict           # name -> date, level
@@ -89,6 +96,7 @@ def _as_long(part):
         return part.table.with_columns(code=pl.lit(part.file.stem if part.file else 'benchmark'))
     return part.table.unpivot(index='date', variable_name='code', value_name='close')
 
+# %% ../nbs/04p_benchmark.ipynb #_level
 def _level(rows, counts):
     "date, level of one benchmark; days without a number are counted"
     column = 'close' if rows['close'].is_not_null().any() else 'return'
@@ -103,6 +111,7 @@ def _level(rows, counts):
     level = pl.col('close') if column == 'close' else (1+pl.col('return')).cum_prod()
     return known.select('date', level=level)
 
+# %% ../nbs/04p_benchmark.ipynb #read_benchmark
 def read_benchmark(
     source, # path or table: date and close or return; with code or wide: several
 )->Read:
@@ -145,12 +154,13 @@ def benchmark_returns(
     worth = np.append(level['level'].to_numpy(), np.nan)[places]
     return worth[1:]/worth[:-1]-1
 
-# %% ../nbs/04p_benchmark.ipynb #broad_returns
+# %% ../nbs/04p_benchmark.ipynb #_weighted
 def _weighted(returns, weights):
     "[T] mean of a step's returns; NaN where there is no weight"
     total = weights.sum(1)
     return np.divide((returns*weights).sum(1), total, where=total > 0, out=np.full(len(total), np.nan))
 
+# %% ../nbs/04p_benchmark.ipynb #_with_volume
 def _with_volume(chosen, predictions, trading, prices):
     "A market with the value traded, or without it and why"
     plain = replace(trading, impact=0.)
@@ -162,6 +172,7 @@ def _with_volume(chosen, predictions, trading, prices):
         if 'dollar_volume' not in str(refused): raise
         return market_of(chosen, predictions, plain, prices), 'the prices have no column dollar_volume'
 
+# %% ../nbs/04p_benchmark.ipynb #broad_returns
 def broad_returns(
     predictions,     # anything that `load_predictions` takes
     trading:Trading, # when orders are executed
@@ -179,8 +190,10 @@ def broad_returns(
     dates = pl.Series('date', market.dates)
     lost = (1+market.returns)*(1+trading.delisting)-1  # as the account loses it
     earned = np.where(market.gone, lost, market.returns)
-    returns = {name: pl.DataFrame([dates, pl.Series('return', _weighted(earned, one))])
-               for name, one in weights.items()}
+    returns = {}
+    for name, one in weights.items():
+        mean = pl.Series('return', _weighted(earned, one))
+        returns[name] = pl.DataFrame([dates, mean])
     return returns, why
 
 # %% ../nbs/04p_benchmark.ipynb #plot_beyond
