@@ -422,6 +422,14 @@ def effect_limit(
     return [*linear, learned(trees, everything[0], y, everything[1], expected)]
 
 # %% ../nbs/07_ablation.ipynb #window-limit
+def _limit_of(s, effect, seen, y, unseen, expected):
+    "What can be learned of an effect; None where no feature of the window hides it"
+    if effect not in SHOWN_IN: return None
+    feature = s.panel.spec.features.index(SHOWN_IN[effect])
+    shown = [view[..., feature].numpy() for view in seen.values()]
+    asked = [view[..., feature].numpy() for view in unseen.values()]
+    return effect_limit(shown, y, asked, expected)
+
 def window_limit(
     s:Setup, # of a generated market with all effects
 )->dict[str, dict]: # effect -> share of the oracle's variance, correlations or None where known
@@ -430,14 +438,10 @@ def window_limit(
     new, truth = effect_windows(s, 'test')
     seen = views(x)
     unseen = views(new)
-    share = truth.var(0)/truth.var(0).sum()
+    variance = truth.var(0)
+    share = variance/variance.sum()
     limits = {}
-    for e, effect in enumerate(EFFECTS):
-        correlations = None
-        if effect in SHOWN_IN:
-            i = s.panel.spec.features.index(SHOWN_IN[effect])
-            shown = [view[..., i].numpy() for view in seen.values()]
-            asked = [view[..., i].numpy() for view in unseen.values()]
-            correlations = effect_limit(shown, y[:, e], asked, truth[:, e])
-        limits[effect] = dict(share=float(share[e]), correlations=correlations)
+    for at, effect in enumerate(EFFECTS):
+        correlations = _limit_of(s, effect, seen, y[:, at], unseen, truth[:, at])
+        limits[effect] = dict(share=float(share[at]), correlations=correlations)
     return limits

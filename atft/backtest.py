@@ -291,7 +291,7 @@ def _interval(
     columns = np.asarray(x, float).T
     return _interval_of(columns.tobytes(), columns.size//len(x), draws, statistic, *facts)
 
-# %% ../nbs/04c_backtest.ipynb #performance
+# %% ../nbs/04c_backtest.ipynb #_year_of
 def _year_of(daily, sessions_a_year):
     "Sessions of a year: as told, or of the table's days"
     if sessions_a_year: return sessions_a_year
@@ -299,6 +299,7 @@ def _year_of(daily, sessions_a_year):
     raise AtftError('performance: no column date that tells the sessions of a year; give '
                     'sessions_a_year')
 
+# %% ../nbs/04c_backtest.ipynb #_known_returns
 def _known_returns(daily, column):
     "A column of `daily`, if every day is known"
     if column not in daily.columns:
@@ -311,6 +312,7 @@ def _known_returns(daily, column):
                         'leave these days out, or put in what was earned on them')
     return x
 
+# %% ../nbs/04c_backtest.ipynb #performance
 def performance(
     daily:pl.DataFrame, # from `backtest`
     column:str='net',   # or gross
@@ -329,9 +331,9 @@ def performance(
     names = [*METRICS, 'turnover', 'breakeven_bps']
     low = [*lows, of_turnover[0], of_breakeven[0]]
     high = [*highs, of_turnover[1], of_breakeven[1]]
-    types = dict(low=pl.Float64, high=pl.Float64)
-    found = pl.DataFrame(dict(metric=names, value=values, low=low, high=high), schema_overrides=types)
-    return found.fill_nan(None)
+    columns = dict(metric=names, value=values, low=low, high=high)
+    types = dict(low=pl.Float64, high=pl.Float64)  # also where no interval is known
+    return pl.DataFrame(columns, schema_overrides=types).fill_nan(None)
 
 # %% ../nbs/04c_backtest.ipynb #metric
 def metric(

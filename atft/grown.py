@@ -89,7 +89,14 @@ def _plain(rows, spec, columns):
 
 # %% ../nbs/03j_grown.ipynb #_moved
 def _between(rows, date, first, last):
-    return rows.filter(pl.col(date).is_between(pl.lit(first).str.to_date(), pl.lit(last).str.to_date()))
+    "Rows from one day to another, which are text"
+    begin = pl.lit(first).str.to_date()
+    end = pl.lit(last).str.to_date()
+    return rows.filter(pl.col(date).is_between(begin, end))
+
+def _not_in(rows, others, columns):
+    "The rows of a table that another one does not have"
+    return rows.join(others, on=columns, how='anti', nulls_equal=True)
 
 def _moved(before, now, panel):
     "The rows of two tables that the other one does not have, labels that became known aside"
@@ -98,17 +105,22 @@ def _moved(before, now, panel):
     keys = [spec.date, spec.code]
     old = _plain(before, spec, columns)
     new = _plain(now, spec, columns)
-    if not old.equals(new):
-        moved = [a.join(b, on=columns, how='anti', nulls_equal=True) for a, b in ((old, new), (new, old))]
-        return pl.concat(moved).select(keys).unique().sort(keys)
-    return old.select(keys).filter(_labels_moved(before, now, spec, keys))
+    if old.equals(new):  # only labels are left that can be other
+        return old.select(keys).filter(_labels_moved(before, now, spec, keys))
+    gone = _not_in(old, new, columns)
+    came = _not_in(new, old, columns)
+    return pl.concat([gone, came]).select(keys).unique().sort(keys)
 
 def _labels_moved(before, now, spec, keys):
     "[rows] where a label that was known is another one, or not known any more"
-    old = _plain(before, spec, [*keys, *spec.targets]).select(spec.targets)
-    new = _plain(now, spec, [*keys, *spec.targets]).select(spec.targets)
+    columns = [*keys, *spec.targets]
+    old = _plain(before, spec, columns).select(spec.targets)
+    new = _plain(now, spec, columns).select(spec.targets)
     beside = pl.concat([old, new.select(pl.all().name.suffix(' now'))], how='horizontal')
-    moved = [pl.col(c).is_not_null() & pl.col(c).ne_missing(pl.col(f'{c} now')) for c in spec.targets]
+    moved = []
+    for name in spec.targets:
+        was_known = pl.col(name).is_not_null()
+        moved.append(was_known & pl.col(name).ne_missing(pl.col(f'{name} now')))
     return beside.select(pl.any_horizontal(moved)).to_series()
 
 # %% ../nbs/03j_grown.ipynb #_check_rows

@@ -174,6 +174,16 @@ def _split(config, panel):
     return Split(**{part: days(first, last) for part, (first, last, _) in parts})
 
 # %% ../nbs/04e_results.ipynb #_load_fold
+def _test_predictions(run, finished, panel):
+    "Name of each phase -> its predictions of the test days; and a digest of all of them"
+    phases = {}
+    digest = hashlib.sha256()
+    for number, metrics in finished.items():
+        digest.update(run.predictions_path(number).read_bytes())
+        test = load_predictions(run.predictions(number)).filter(pl.col('split') == 'test')
+        phases[f'{number} {metrics["name"]}'] = _with_groups(test, panel)
+    return phases, digest.hexdigest()[:16]
+
 def _load_fold(path, kinds):
     "One run folder as a result"
     run = RunFolder(path)
@@ -182,13 +192,8 @@ def _load_fold(path, kinds):
     if not finished:
         raise AtftError(f'{run.path} holds no finished phase; train with 03_phases first')
     panel = Panel(config['data']['folder'])
-    phases = {}
-    digest = hashlib.sha256()
-    for number, metrics in finished.items():
-        digest.update(run.predictions_path(number).read_bytes())
-        test = load_predictions(run.predictions(number)).filter(pl.col('split') == 'test')
-        phases[f'{number} {metrics["name"]}'] = _with_groups(test, panel)
-    run.ledger.write('test', digest.hexdigest()[:16])
+    phases, digest = _test_predictions(run, finished, panel)
+    run.ledger.write('test', digest)  # before looks are counted: this is one
     made = _made_baselines(panel, _split(config, panel), config['run'], run.baselines, kinds)
     minutes = sum(m['minutes'] for m in finished.values())
     picture = run.attribution(max(finished))
@@ -333,6 +338,13 @@ def _together(notes):
     return tuple(f'{"all" if len(names) == everybody else ", ".join(names)}: {sentence}'
                  for sentence, names in said.items())
 
+# %% ../nbs/04e_results.ipynb #_sharpes
+def _sharpes(by_cost, rate, net, year):
+    "Net Sharpe ratio with its interval at each cost"
+    others = by_cost.keys()-{rate}
+    found = {bps: metric(_worth(by_cost[bps], year), 'sharpe') for bps in others}
+    return {rate: metric(net, 'sharpe')} | found
+
 # %% ../nbs/04e_results.ipynb #trade
 def trade(
     result:RunResult,
@@ -353,9 +365,7 @@ def trade(
     year = account_year(result, trading, last['date'].unique(), prices)
     trading = replace(trading, sessions_a_year=year)
     by_cost = _by_cost(last, daily[result.last], trading, rate, **options)
-    sharpes = {rate: metric(net[result.last], 'sharpe')}
-    for bps in by_cost.keys()-sharpes.keys():
-        sharpes[bps] = metric(_worth(by_cost[bps], year), 'sharpe')
+    sharpes = _sharpes(by_cost, rate, net[result.last], year)
     shuffled = random_portfolios(last, trading=trading, **options) if luck else None
     equal = _worth(equal_weight(last), year) if '1d' in target_names(last) else None
     how = trading.side.replace('_', '-')

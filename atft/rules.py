@@ -100,6 +100,7 @@ class Reading:
 
 # %% ../nbs/00t_rules.ipynb #Rule
 class Rule(NamedTuple):
+    "How a column is read"
     value:pl.Expr     # the column as it comes out
     refused:tuple = () # pairs: which rows cannot be read, what is wanted
     done:tuple = ()    # pairs: what was done, to which rows
@@ -196,6 +197,7 @@ def _text(column):
     return pl.when(text != '').then(text)
 
 def date_rule(column, kind, reading):
+    "How a column becomes days"
     raw = pl.col(column)
     if kind in (pl.Date, pl.Null): return Rule(raw.cast(pl.Date))
     if kind == pl.Datetime: return _day_of_stamp(raw, kind.time_zone, reading.zone)
@@ -211,6 +213,7 @@ def date_rule(column, kind, reading):
 
 # %% ../nbs/00t_rules.ipynb #code_rule
 def code_rule(column, kind, reading):
+    "How a column becomes codes, which are text"
     width = reading.codes
     if kind == pl.Null: return Rule(pl.col(column).cast(pl.String))
     if kind not in TEXTS and not kind.is_integer():
@@ -232,6 +235,7 @@ def code_rule(column, kind, reading):
 
 # %% ../nbs/00t_rules.ipynb #number_rule
 def number_rule(column, kind, wanted_kind, is_text):
+    "How a column becomes numbers"
     raw = pl.col(column)
     if kind in TEXTS:
         text = _text(column)

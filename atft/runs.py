@@ -107,8 +107,10 @@ def hold(self:RunFolder):
 # %% ../nbs/03b_runs.ipynb #_first_unfinished
 def _first_unfinished(folder, last):
     "The first phase up to `last` that is not done, after the latest that was told its weights"
-    own = [n for n in range(last+1) if folder.is_done(n) and _was_told(folder, n)]
-    missing = [n for n in range(max(own, default=0), last+1) if not folder.is_done(n)]
+    done = [number for number in range(last+1) if folder.is_done(number)]
+    told = [number for number in done if _was_told(folder, number)]
+    begin = max(told, default=0)  # what is before it does not lead to its weights
+    missing = [number for number in range(begin, last+1) if number not in done]
     return missing[0] if missing else None
 
 def _was_told(folder, number):
@@ -120,11 +122,21 @@ def _first_of_told(folder, wanted, start):
     for number in range(min(wanted), max(wanted)+1):
         is_begun = number > min(wanted) or _start_of(folder, number) == start
         if not is_begun or not folder.is_done(number): return number
+    return None
 
 def _start_of(folder, number):
     "The key of the weights that a phase began from; None where nothing tells"
     if not folder.metrics_path(number).exists(): return None
     return folder.read_metrics(number).get('start', {}).get('weights')
+
+# %% ../nbs/03b_runs.ipynb #_first_of_chain
+def _first_of_chain(folder, wanted, goes_on):
+    "The first phase to train so that each begins where one has ended; None: nothing is to do"
+    unfinished = _first_unfinished(folder, max(wanted))
+    if unfinished is None and goes_on: return None
+    first = min(wanted) if unfinished is None else unfinished
+    while first > 0 and not folder.is_done(first-1): first -= 1  # nothing there to begin from
+    return first
 
 # %% ../nbs/03b_runs.ipynb #plan
 @patch
@@ -135,17 +147,13 @@ def plan(self:RunFolder,
     start:str|None=None,  # key of the weights that `resume` names
 )->list[int]:             # phases to train, in order
     "The phases to train: those asked for and those between, under `auto` the missing ones before"
-    last = max(wanted)
     first = min(wanted)
     if resume == 'auto':
-        unfinished = _first_unfinished(self, last)
-        if unfinished is None and goes_on: return []
-        first = min(wanted) if unfinished is None else unfinished
-        while first > 0 and not self.is_done(first-1): first -= 1
+        first = _first_of_chain(self, wanted, goes_on)
     elif goes_on:
         first = _first_of_told(self, wanted, start)
-        if first is None: return []
-    return list(range(first, last+1))
+    if first is None: return []
+    return list(range(first, max(wanted)+1))
 
 # %% ../nbs/03b_runs.ipynb #read_config
 CONFIG_VERSION = 2  # 1: options, phases and data without the code that made them

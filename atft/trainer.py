@@ -165,6 +165,7 @@ def trained(self:Trainer)->int:
 # %% ../nbs/03c_trainer.ipynb #best_epoch
 @patch(as_prop=True)
 def best_epoch(self:Trainer)->int:
+    "The first epoch with the highest score"
     return max(range(len(self.history)), key=lambda epoch: self.history[epoch]['score'])
 
 @patch(as_prop=True)
@@ -197,15 +198,15 @@ def pass_(self:Trainer, days:list)->Tensor: # loss, terms by target, rank IC by 
     step = stack(days, self.shared, self.net.needs_edges)
     with autocast(self.shared):
         forecast = self.net(step.x, step.edge_index, step.edge_attr)
-    forecast = Forecast(*(part.float() for part in forecast))
+    forecast = Forecast(*(part.float() for part in forecast))  # losses are not narrow
     terms = loss_terms(forecast, step.y, step.sizes, self.terms)
     loss = total_loss(terms, self.phase.terms, self.weights)
     is_forecast = forecast.score.isfinite().all() & forecast.quantiles.isfinite().all()
-    if not loss.isfinite() & is_forecast:
-        raise AtftError(_blame(days, step, forecast, terms, self.shared))
+    is_sound = loss.isfinite() & is_forecast
+    if not is_sound: raise AtftError(_blame(days, step, forecast, terms, self.shared))
     self.grad_scaler.scale(loss).backward()
     score = by_day(forecast.score.detach(), step.sizes)
-    ic = rank_ic(score, by_day(step.y, step.sizes)).nanmean(0).float()
+    ic = rank_ic(score, by_day(step.y, step.sizes)).nanmean(0).float()  # by target
     parts = [terms[name].detach() for name in self.terms]
     return torch.cat([loss.detach()[None], *parts, ic]).nan_to_num(0)
 
@@ -452,21 +453,20 @@ def train_phase(
 )->Trainer:           # the best weights in its network
     "Train one phase to its end, continuing where an interrupted attempt stopped"
     net = shared.network()
-    if start: load_weights(net, start)
+    if start: load_weights(net, start)  # before the trainer: it keeps the key of what it begins with
     trainer = kind(shared, number, phase, net, callbacks)
     trainer.resume = resume
     trainer.days = days_of(shared, start)
     _continue(trainer, folder)
-    shared.processes.wait()
-    if shared.processes.first:  # written last: their presence means that the phase is whole
-        folder.metrics_path(number).unlink(missing_ok=True)
+    shared.processes.wait()  # all know by now whether the phase was whole
+    if shared.processes.first: folder.metrics_path(number).unlink(missing_ok=True)
     trainer.tell('phase_begins')
     try:
         while not trainer.done:
             trainer.epoch()
             trainer.tell('epoch_ends')
     except AtftError as error:
-        trainer.tell('phase_fails', error)
+        trainer.tell('phase_fails', error)  # who writes along says so before it is raised on
         raise
     trainer.net.load_state_dict(trainer.best)
     return trainer
