@@ -153,6 +153,10 @@ def test_weights_chosen_on_test_days_are_refused_and_earlier_ones_are_not(market
     named = dict(phase='1', resume_checkpoint=str(first/'phase0_best.pt'), max_epochs=1)
     with pytest.raises(AtftError, match=f'was chosen on {days[120]} .. .* and tests on {days[130]}'):
         train(market, tmp_path/'run', valid=days[119], test=days[130], purge=5, **named)
+    kept, *_ = load_state(first/'phase0_best.pt', CHECKPOINT_VERSION)['days']
+    last = days.index(kept['chosen'][1])
+    with pytest.raises(AtftError, match=fr'\(returns until {days[last+20]}\), .* tests on {days[last+1]}'):
+        train(market, tmp_path/'run', valid=days[119], test=days[last+1], purge=5, **named)
     train(market, tmp_path/'run', valid=days[140], test=days[170], **named)
     kept = load_state(tmp_path/'run/phase1_best.pt', CHECKPOINT_VERSION)['days']
     assert [one['chosen'][0] for one in kept] == [days[120], days[140]]  # and are not forgotten
