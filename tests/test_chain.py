@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 from dataclasses import replace
+from operator import attrgetter
 
 import polars as pl
 import pytest
@@ -12,12 +13,13 @@ import torch
 from atft import phases
 from atft.callbacks import Callback
 from atft.checkpoint import load_state, save_state
-from atft.core import AtftError
+from atft.core import AtftError, write_json
 from atft.data import write_panel
 from atft.inference import CHECKPOINT_VERSION
 from atft.ledger import Ledger
 from atft.market import MarketSpec, embedded_panel
 from atft.phases import RunFolder, RunSpec, Stopped, plan, run_phases
+from atft.trainer import Trainer
 
 TINY = dict(
     max_epochs=2, hidden=4, heads=2, lookback=6, graph_lookback=12, min_obs=6, train_days=16,
@@ -94,6 +96,38 @@ def test_what_was_killed_while_the_report_is_written_trains_nothing_again(
     assert again.heard == []
     train(market, run, watch=again, **anew)
     assert again.heard == [(0, 1), (0, 2)]
+
+
+class Latest(Trainer):
+    "Keeps the last epoch, so that every training moves the weights"
+    best_epoch = property(attrgetter('trained'))
+
+
+def test_a_run_that_has_written_over_the_weights_it_names_goes_on(market, tmp_path, monkeypatch):
+    def begin(run):
+        run_phases(spec(run, phase='0'), market, show=False, kind=Latest)
+        return run
+
+    def again(run):
+        named = dict(resume_checkpoint=str(run/'phase0_best.pt'), again=True)
+        found = run_phases(spec(run, phase='0', **named), market, show=False, kind=Latest)[0]
+        return found['start']['weights'], found['weights']
+
+    def kill_in_between(path, content):
+        "Ends the run when the best weights are there and the metrics are not"
+        if path.name == 'phase0_metrics.json': raise KeyboardInterrupt
+        write_json(path, content)
+
+    def killed(run):
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(phases, 'write_json', kill_in_between)
+            again(run)
+
+    straight, once, twice = (begin(tmp_path/name) for name in ('straight', 'once', 'twice'))
+    killed(once)
+    assert again(once) == again(straight) and Ledger(once).count('trial') == 2
+    for _ in range(2): killed(twice)
+    with pytest.raises(AtftError, match='has other weights than this order began with'): again(twice)
 
 
 def test_a_phase_trained_again_makes_the_later_ones_undone(market, first, tmp_path):
