@@ -15,6 +15,7 @@ from atft.callbacks import Callback
 from atft.checkpoint import load_state, save_state
 from atft.core import AtftError, write_json
 from atft.data import write_panel
+from atft.hpo import Search, run_study
 from atft.inference import CHECKPOINT_VERSION
 from atft.ledger import Ledger
 from atft.market import MarketSpec, embedded_panel
@@ -246,6 +247,16 @@ def test_a_target_without_labels_is_refused_unless_it_has_no_weight(market, tmp_
     found = train(panel, tmp_path/'other', overrides=unweighed)
     assert max(epoch['score'] for epoch in found[0]['epochs']) == found[0]['score']
     assert list(RunFolder(tmp_path/'other').finished()) == [0]
+
+
+def test_a_target_that_no_validation_day_knows_is_not_searched_for(market, tmp_path):
+    edges = (market.dates[at].item() for at in (119, 155))
+    panel = without_labels(market, tmp_path/'panel', *edges)
+    unweighed = f'{TINY["overrides"]},horizon_weights=1 0 1 1'
+    run = spec(tmp_path/'study', phase='0', overrides=unweighed)
+    with pytest.raises(AtftError, match='search: no validation day, .* knows the target 5d of 5 codes'):
+        run_study(Search(run, trials=2, horizon=5), panel, show=False)
+    assert not (tmp_path/'study').exists()
 
 
 def test_weights_that_weigh_nothing_of_the_panel_are_refused(market, tmp_path):
