@@ -32,6 +32,7 @@ from .phases import check_run, parse_phases
 from .project import project_root
 from .runs import RunFolder
 from .specs import RunSpec, command_line, flat_fields
+from .tried import count_above
 from .walked import write_report
 
 # %% ../nbs/05c_folds.ipynb #Walk
@@ -299,6 +300,12 @@ def opened(
     cache = project_root()/'runs/cache'
     return with_targets(open_data(walk.run, cache), walk.run.targets)
 
+def _count_beside(walk, jobs):
+    "What is tried in the folders of a walk is counted beside it, where other walks lie"
+    for job in jobs:
+        for above in Path(job.run.run_dir).parents:
+            if above.is_relative_to(walk.folder): count_above(above)
+
 def train_folds(
     walk:Walk,
     panel:Panel,
@@ -310,6 +317,7 @@ def train_folds(
     engine, threads = engine_of(walk, folds, panel)
     jobs = jobs_of(walk, folds, panel, threads)
     _refuse_foreign(jobs, panel)
+    _count_beside(walk, jobs)
     write_json(walk.folder/'folds.json', dict(
         threads=threads, command=walk_line(replace(walk, threads=threads)),
         folds=[fold.name for fold in folds], seeds=walk.all_seeds))

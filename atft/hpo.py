@@ -27,7 +27,7 @@ from tqdm import tqdm
 from .checkpoint import Stopped
 from .core import AtftError
 from .data import check_whole
-from .inference import open_data, with_targets
+from .inference import open_data, split_of, with_targets
 from .jobs import (
     _ONE, Engine, Outcome, _threads, dask_cluster, processes, run_jobs, say, slurm_queue)
 from .ledger import Ledger
@@ -40,6 +40,7 @@ from .study import (
     SPACE, Search, apply_values, at_work, finished_trials, open_study, same_experiment, sampler_of,
     search_of, suggest)
 from .summary import judge_winner, suggested_line, winner, write_summary
+from .trainer import MIN_NAMES, _days_known
 from .tried import count_above
 
 # %% ../nbs/05_hpo.ipynb #handed-on
@@ -161,6 +162,11 @@ def _check_target(search, panel):
     if search.target.name not in names:
         raise AtftError(f'search: horizon {search.horizon} is not one of the panel, '
                         f'{", ".join(names)}')
+    valid = split_of(search.run, panel).valid
+    if not _days_known(panel, valid)[names.index(search.target.name)]:
+        raise AtftError(f'search: no validation day, {valid[0]} .. {valid[-1]}, knows the target '
+                        f'{search.target.name} of {MIN_NAMES} codes, so no trial could be judged; '
+                        'move valid and test, or search for another horizon')
 
 # %% ../nbs/05_hpo.ipynb #_one_more
 def _one_more(search, panel, study, ask, bar):

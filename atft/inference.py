@@ -397,16 +397,19 @@ def load_weights(
 # %% ../nbs/03g_inference.ipynb #days_of
 def _ends(days): return [str(days[0]), str(days[-1])]
 
+def _returns_until(panel, day):
+    "The last day that the returns of a day reach"
+    last = np.searchsorted(panel.dates, np.datetime64(day))+panel.spec.reach
+    return str(panel.dates[min(last, len(panel.dates)-1)])
+
 def days_of(
     shared:Setup,
     start:dict|None=None, # checkpoint that the weights began from
 )->list[dict]:            # trained and chosen: first and last day of each run that the weights saw
     "The days that weights have seen, those of their start included"
-    dates = shared.panel.dates
-    train = shared.split.train
-    last = np.searchsorted(dates, train[-1])+shared.panel.spec.reach
-    until = str(dates[min(last, len(dates)-1)])  # of the returns
-    own = dict(trained=_ends(train), until=until, chosen=_ends(shared.split.valid))
+    trained = _ends(shared.split.train)
+    until = _returns_until(shared.panel, trained[1])
+    own = dict(trained=trained, until=until, chosen=_ends(shared.split.valid))
     past = start['days'] if start else []
     return [*(one for one in past if one != own), own]
 
@@ -418,9 +421,11 @@ def _refuse_seen(path, state, shared):
     own = days_of(shared)[-1]
     for one in state['days']:
         seen = None
+        until = _returns_until(shared.panel, one['chosen'][1])
         if one['until'] >= valid[0]:
             seen = f'trained on {" .. ".join(one["trained"])} (returns until {one["until"]})'
-        elif one['chosen'][1] >= test[0]: seen = f'chosen on {" .. ".join(one["chosen"])}'
+        elif until >= test[0]:
+            seen = f'chosen on {" .. ".join(one["chosen"])} (returns until {until})'
         if seen is None or one == own: continue
         raise AtftError(f'checkpoint {path} (phase {state["phase"]}) was {seen}, this run validates '
                         f'on {" .. ".join(valid)} and tests on {" .. ".join(test)}; give one whose '

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from .callbacks import Callback, Keeper, Progress, Recorder, Watch, check_callbacks
-from .checkpoint import Stopped, stop_on_signals, weights_key
+from .checkpoint import Stopped, previous, stop_on_signals, weights_key
 from .core import AtftError, atomic_path, code_key, write_json
 from .inference import (
     CHECKPOINT_VERSION, Setup, attribution, gap_of, load_checkpoint, predict, predictions_table,
@@ -218,9 +218,20 @@ def _named_start(shared):
     resume = shared.spec.resume_checkpoint
     return None if resume in ('auto', 'none') else load_checkpoint(resume, shared)
 
+def _ordered_start(folder, shared):
+    "The named weights that the order began with, though the run has written over them since"
+    start = _named_start(shared)
+    if start is None: return None
+    key = folder.read_config()['orders'][-1]['start']
+    if weights_key(start['model']) == key: return start
+    before = load_checkpoint(previous(Path(shared.spec.resume_checkpoint)), shared)
+    if weights_key(before['model']) == key: return before
+    raise AtftError(f'resume_checkpoint {shared.spec.resume_checkpoint} has other weights than this '
+                    'order began with, and so has the one before; give a copy that was kept')
+
 def _start_of(number, folder, shared, resume):
     "The checkpoint a phase begins with; None for fresh weights"
-    if resume != 'auto': return _named_start(shared)
+    if resume != 'auto': return _ordered_start(folder, shared)
     return load_checkpoint(folder.best(number-1), shared) if number else None
 
 # %% ../nbs/03_phases.ipynb #_start_key

@@ -75,18 +75,22 @@ def _refuse_absent(phase, names):
                         f'does not have; it has {", ".join(names)}')
 
 # %% ../nbs/03c_trainer.ipynb #labelled
+def _days_known(panel, days):
+    "On how many of some days enough codes have a return, by target"
+    spec = panel.spec
+    day = pl.col(spec.date).cast(pl.Date)
+    are_meant = day.is_between(days[0].item(), days[-1].item())
+    known = pl.col(spec.targets).is_finite().sum()
+    counts = panel.scan().filter(are_meant).group_by(day.alias('day')).agg(known)
+    return counts.select(pl.col(spec.targets) >= MIN_NAMES).sum().collect().row(0)
+
 def labelled(
     shared:Setup,
 )->pl.DataFrame: # target; training: share of the sampled rows with a return; valid: days with enough
     "Where the returns of each target are known"
-    spec = shared.panel.spec
-    days = pl.col(spec.date).cast(pl.Date)
-    are_valid = days.is_between(*(shared.split.valid[at].item() for at in (0, -1)))
-    known = pl.col(spec.targets).is_finite().sum()
-    counts = shared.panel.scan().filter(are_valid).group_by(days.alias('day')).agg(known)
-    valid = counts.select(pl.col(spec.targets) >= MIN_NAMES).sum().collect().row(0)
+    valid = _days_known(shared.panel, shared.split.valid)
     training = np.isfinite(shared.target.rows_).mean(0)
-    return pl.DataFrame(dict(target=spec.target_names, training=training, valid=valid))
+    return pl.DataFrame(dict(target=shared.panel.spec.target_names, training=training, valid=valid))
 
 # %% ../nbs/03c_trainer.ipynb #refuse_unlabelled
 def refuse_unlabelled(

@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 from dataclasses import replace
+from operator import attrgetter
 
 import polars as pl
 import pytest
@@ -12,12 +13,14 @@ import torch
 from atft import phases
 from atft.callbacks import Callback
 from atft.checkpoint import load_state, save_state
-from atft.core import AtftError
+from atft.core import AtftError, write_json
 from atft.data import write_panel
+from atft.hpo import Search, run_study
 from atft.inference import CHECKPOINT_VERSION
 from atft.ledger import Ledger
 from atft.market import MarketSpec, embedded_panel
 from atft.phases import RunFolder, RunSpec, Stopped, plan, run_phases
+from atft.trainer import Trainer
 
 TINY = dict(
     max_epochs=2, hidden=4, heads=2, lookback=6, graph_lookback=12, min_obs=6, train_days=16,
@@ -96,6 +99,38 @@ def test_what_was_killed_while_the_report_is_written_trains_nothing_again(
     assert again.heard == [(0, 1), (0, 2)]
 
 
+class Latest(Trainer):
+    "Keeps the last epoch, so that every training moves the weights"
+    best_epoch = property(attrgetter('trained'))
+
+
+def test_a_run_that_has_written_over_the_weights_it_names_goes_on(market, tmp_path, monkeypatch):
+    def begin(run):
+        run_phases(spec(run, phase='0'), market, show=False, kind=Latest)
+        return run
+
+    def again(run):
+        named = dict(resume_checkpoint=str(run/'phase0_best.pt'), again=True)
+        found = run_phases(spec(run, phase='0', **named), market, show=False, kind=Latest)[0]
+        return found['start']['weights'], found['weights']
+
+    def kill_in_between(path, content):
+        "Ends the run when the best weights are there and the metrics are not"
+        if path.name == 'phase0_metrics.json': raise KeyboardInterrupt
+        write_json(path, content)
+
+    def killed(run):
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(phases, 'write_json', kill_in_between)
+            again(run)
+
+    straight, once, twice = (begin(tmp_path/name) for name in ('straight', 'once', 'twice'))
+    killed(once)
+    assert again(once) == again(straight) and Ledger(once).count('trial') == 2
+    for _ in range(2): killed(twice)
+    with pytest.raises(AtftError, match='has other weights than this order began with'): again(twice)
+
+
 def test_a_phase_trained_again_makes_the_later_ones_undone(market, first, tmp_path):
     run = tmp_path/'run'
     train(market, run, phase='0-2')
@@ -153,6 +188,10 @@ def test_weights_chosen_on_test_days_are_refused_and_earlier_ones_are_not(market
     named = dict(phase='1', resume_checkpoint=str(first/'phase0_best.pt'), max_epochs=1)
     with pytest.raises(AtftError, match=f'was chosen on {days[120]} .. .* and tests on {days[130]}'):
         train(market, tmp_path/'run', valid=days[119], test=days[130], purge=5, **named)
+    kept, *_ = load_state(first/'phase0_best.pt', CHECKPOINT_VERSION)['days']
+    last = days.index(kept['chosen'][1])
+    with pytest.raises(AtftError, match=fr'\(returns until {days[last+20]}\), .* tests on {days[last+1]}'):
+        train(market, tmp_path/'run', valid=days[119], test=days[last+1], purge=5, **named)
     train(market, tmp_path/'run', valid=days[140], test=days[170], **named)
     kept = load_state(tmp_path/'run/phase1_best.pt', CHECKPOINT_VERSION)['days']
     assert [one['chosen'][0] for one in kept] == [days[120], days[140]]  # and are not forgotten
@@ -208,6 +247,16 @@ def test_a_target_without_labels_is_refused_unless_it_has_no_weight(market, tmp_
     found = train(panel, tmp_path/'other', overrides=unweighed)
     assert max(epoch['score'] for epoch in found[0]['epochs']) == found[0]['score']
     assert list(RunFolder(tmp_path/'other').finished()) == [0]
+
+
+def test_a_target_that_no_validation_day_knows_is_not_searched_for(market, tmp_path):
+    edges = (market.dates[at].item() for at in (119, 155))
+    panel = without_labels(market, tmp_path/'panel', *edges)
+    unweighed = f'{TINY["overrides"]},horizon_weights=1 0 1 1'
+    run = spec(tmp_path/'study', phase='0', overrides=unweighed)
+    with pytest.raises(AtftError, match='search: no validation day, .* knows the target 5d of 5 codes'):
+        run_study(Search(run, trials=2, horizon=5), panel, show=False)
+    assert not (tmp_path/'study').exists()
 
 
 def test_weights_that_weigh_nothing_of_the_panel_are_refused(market, tmp_path):

@@ -9,6 +9,7 @@ import pytest
 
 from atft.backtest import backtest
 from atft.core import AtftError
+from atft.folds import Walk, fold_run, train_folds
 from atft.hpo import Search, finished_trials, open_study, run_study, winner
 from atft.intervals import deflated_sharpe
 from atft.market import MarketSpec, embedded_panel
@@ -133,6 +134,19 @@ def test_the_folds_of_a_walk_forward_are_one_choice_after_the_trainings_before(m
     counted = load_run(','.join(map(str, folds)), ('random',)).tried
     assert counted == Tried(1, elsewhere=3)
     assert project_folder(folds[0]) == runs and (runs/'tried.jsonl').exists()
+
+
+def test_walks_that_lie_side_by_side_count_each_other_in_any_folder(market, tmp_path):
+    firsts = []
+    for k in (3, 4):
+        run = RunSpec(**TINY | dict(data=str(market.folder), run_dir=str(tmp_path/f'k{k}'), k=k))
+        walk = Walk(run, stride=30, valid_days=40, min_train=70, refit=True, workers=1, threads=1)
+        folds = train_folds(walk, market, tell=lambda *_: None)
+        firsts.append([RunFolder(fold_run(walk, fold, 0).run_dir) for fold in folds])
+    assert {project_folder(run.path) for walk in firsts for run in walk} == {tmp_path}
+    train(market, tmp_path/'alone', valid=str(market.dates[120]), test=str(market.dates[150]))
+    counted = [count_tried(runs, '1d') for runs in firsts]
+    assert counted == [Tried(1, elsewhere=4)]*2  # its refit, the other with its own, the one alone
 
 
 def test_a_ledger_that_cannot_be_written_is_said_and_stops_nothing(market, tmp_path, capsys):
