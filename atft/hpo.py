@@ -40,7 +40,8 @@ from .study import (
     SPACE, Search, apply_values, at_work, finished_trials, open_study, same_experiment, sampler_of,
     search_of, suggest)
 from .summary import judge_winner, suggested_line, winner, write_summary
-from .trainer import MIN_NAMES, _days_known
+from .panel import days_known
+from .trainer import MIN_NAMES
 from .tried import count_above
 
 # %% ../nbs/05_hpo.ipynb #handed-on
@@ -163,7 +164,7 @@ def _check_target(search, panel):
         raise AtftError(f'search: horizon {search.horizon} is not one of the panel, '
                         f'{", ".join(names)}')
     valid = split_of(search.run, panel).valid
-    if not _days_known(panel, valid)[names.index(search.target.name)]:
+    if not days_known(panel, valid, MIN_NAMES)[names.index(search.target.name)]:
         raise AtftError(f'search: no validation day, {valid[0]} .. {valid[-1]}, knows the target '
                         f'{search.target.name} of {MIN_NAMES} codes, so no trial could be judged; '
                         'move valid and test, or search for another horizon')

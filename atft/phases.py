@@ -34,7 +34,7 @@ from .phase_row import HORIZONS, Phase, override
 from .processes import Processes
 from .reports import (
     dated, provenance, provenance_table, save_figure, table, with_interval, write_text)
-from .runs import RunFolder, crossing
+from .runs import RunFolder, crossing, refuse_own_state, refuse_unkept
 from .specs import (
     RunSpec, check_spec, command_line, parts_of, read_command_line, table_of, wanted_phases)
 from .trainer import Trainer, labelled, refuse_unlabelled, target_weights, train_phase
@@ -241,28 +241,14 @@ def _start_key(shared):
     start = _named_start(shared)
     return weights_key(start['model'] if start else shared.network().state_dict())
 
-def _refuse_unkept(spec, todo):
-    "A chain of several phases keeps its weights"
-    if spec.save_phase_checkpoint or len(todo) < 2: return
-    numbers = ', '.join(map(str, todo))
-    raise AtftError(f'save_phase_checkpoint=False: phases {numbers} are to be trained, each from the '
-                    'weights that the one before keeps; leave it out, or train one phase')
-
-def _refuse_own_state(spec, folder, wanted):
-    "The state of a phase under way is nothing to begin it with"
-    for number in wanted:
-        if Path(spec.resume_checkpoint).resolve() == folder.last(number).resolve():
-            raise AtftError(f'resume_checkpoint {spec.resume_checkpoint} is what phase {number} of '
-                            'this run continues from by itself; leave it out (auto)')
-
 # %% ../nbs/03_phases.ipynb #_todo
 def _todo(shared, folder, wanted):
     "The phases to train, in order"
     spec = shared.spec
-    _refuse_own_state(spec, folder, wanted)
+    refuse_own_state(spec, folder, wanted)
     order = folder.begin_order(wanted, spec.resume_checkpoint, _start_key(shared), spec.again)
     todo = folder.plan(wanted, spec.resume_checkpoint, order['goes_on'], order['start'])
-    _refuse_unkept(spec, todo)
+    refuse_unkept(spec, todo)
     return todo
 
 # %% ../nbs/03_phases.ipynb #_announce

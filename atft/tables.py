@@ -268,7 +268,7 @@ def with_later_targets(
     made = with_close_targets(late, prices)[0].select(*keys, later='target')
     both = table.join(made, on=keys, how='left', maintain_order='left')
     target = pl.coalesce('target', 'later').alias('target')
-    days = late['date'].n_unique()
+    days = made.drop_nulls('later')['date'].n_unique()
     return both.with_columns(target).drop('later'), (
         f'{made["later"].count():,} targets of {days:,} days that the panel does not label are made of '
         'closes',)

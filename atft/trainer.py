@@ -27,6 +27,7 @@ from .data import make_loader
 from .inference import Setup, autocast, days_of, load_checkpoint, load_weights, stack, validate
 from .losses import OWN_TERMS, by_day, loss_terms, total_loss
 from .network import ATFT, PARTS, Forecast, openings, parameter_groups
+from .panel import days_known
 from .runs import RunFolder
 from .phase_row import HORIZONS
 from .specs import Phase
@@ -75,20 +76,11 @@ def _refuse_absent(phase, names):
                         f'does not have; it has {", ".join(names)}')
 
 # %% ../nbs/03c_trainer.ipynb #labelled
-def _days_known(panel, days):
-    "On how many of some days enough codes have a return, by target"
-    spec = panel.spec
-    day = pl.col(spec.date).cast(pl.Date)
-    are_meant = day.is_between(days[0].item(), days[-1].item())
-    known = pl.col(spec.targets).is_finite().sum()
-    counts = panel.scan().filter(are_meant).group_by(day.alias('day')).agg(known)
-    return counts.select(pl.col(spec.targets) >= MIN_NAMES).sum().collect().row(0)
-
 def labelled(
     shared:Setup,
 )->pl.DataFrame: # target; training: share of the sampled rows with a return; valid: days with enough
     "Where the returns of each target are known"
-    valid = _days_known(shared.panel, shared.split.valid)
+    valid = days_known(shared.panel, shared.split.valid, MIN_NAMES)
     training = np.isfinite(shared.target.rows_).mean(0)
     return pl.DataFrame(dict(target=shared.panel.spec.target_names, training=training, valid=valid))
 
