@@ -38,8 +38,9 @@ report: env ## write the evaluation report of a run: make report RUN=runs/NAME
 
 SEEDS ?= 0
 YEARS ?=
-walk-forward: env ## train every year (YEARS=2013-2017) by every seed (SEEDS=0,1,2) and report on all of it; killed, it goes on (DATA=folder)
-	$(BIN)/python -m atft.folds --min-train 200 --seeds $(SEEDS) --max-epochs $(EPOCHS) $(if $(YEARS),--test-years $(YEARS)) $(if $(DATA),--data $(abspath $(DATA)) --run-dir runs/walk-$(notdir $(abspath $(DATA))))
+OPTIONS ?=
+walk-forward: env ## train every year (YEARS=2013-2017) by every seed (SEEDS=0,1,2) and report on all of it; killed, it goes on (DATA=folder, OPTIONS="--stride 21 ...")
+	$(BIN)/python -m atft.folds --min-train 200 --seeds $(SEEDS) --max-epochs $(EPOCHS) $(if $(YEARS),--test-years $(YEARS)) $(if $(DATA),--data $(abspath $(DATA)) --run-dir runs/walk-$(notdir $(abspath $(DATA)))) $(OPTIONS)
 
 TRIALS ?= 20
 hpo-run: env ## search over the phase table on the embedded market, or on DATA=folder; killed, it goes on; writes reports/hpo_summary_YYYYMMDD.md
