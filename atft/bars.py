@@ -21,8 +21,9 @@ from .adopted import adopt_panel
 from .causal import assert_causal
 from .core import AtftError
 from .features import (
+    PATHS,
     SCALES, _check_features, _compare, _features_digest, _on_calendar, _return_of, _targets,
-    _with_basics, ohlcv_features)
+    _with_basics, ohlcv_features, ohlcv_steps)
 from .forms import FAILURES, _files_below, parts_of, stem_of
 from .intake import Reading, Taken, take
 from .joins import Beside, check_listed, read_facts, read_sectors, read_universe
@@ -55,6 +56,7 @@ class BarsSpec:
     horizons:tuple = PanelSpec.horizons # sessions, names or `Target`s
     features:dict|None = None           # name -> expression; None: `ohlcv_features()`
     keep:tuple = ()                     # numbers beside the bars that are features too
+    paths:bool = True                   # the steps of price and value traded too, for the window
     sectors:object = None               # path or table: code, date, what is kept of a code
     universe:object = None              # path or table: code, first, last; or date, code
     join:object = None                  # path or table of fundamentals: code, when, numbers
@@ -154,16 +156,22 @@ def _on_sessions(bars, found):
 def _all_features(spec, beside):
     "The features of bars, those kept beside them and those of the fundamentals, by name"
     made = ohlcv_features() if spec.features is None else spec.features
-    more = [*spec.keep, *beside.features]
+    more = [*spec.keep, *beside.features, *_steps_of(spec)]
     for i, name in enumerate(more):
         if name in made or name in more[:i]:
             raise AtftError(f'panel_from_ohlcv: {name!r} is the name of two features; choose another')
     _check_features(made | {name: pl.col(name) for name in more})
     return made, [*made, *more]
 
+def _steps_of(spec):
+    "The steps of paths that are wanted, by name"
+    return ohlcv_steps() if spec.paths else {}
+
 def _panel_table(lazy, found, spec, beside):
     "The panel's table of bars that were read"
     made, features = _all_features(spec, beside)
+    steps = _steps_of(spec)
+    made = made | steps
     targets = _targets(PanelSpec(tuple(features), spec.horizons).labels)
     compare = _compare(spec.scale)
     bars = _with_basics(_on_calendar(_on_sessions(repair_bars(lazy), found)))
@@ -173,7 +181,8 @@ def _panel_table(lazy, found, spec, beside):
     if spec.keep:
         kept = lazy.select('date', 'code', *spec.keep)
         traded = traded.join(kept, on=['date', 'code'], how='left')
-    compared = beside(traded).with_columns([compare(name) for name in features])
+    within_day = [compare(name) for name in features if name not in steps]
+    compared = beside(traded).with_columns(within_day)
     wanted = (*features, *[t.column for t in targets], *beside.kept)
     return compared.select('date', 'code', 'dollar_volume', 'ret_1d', *wanted).sort('date', 'code')
 
@@ -181,7 +190,7 @@ def _panel_table(lazy, found, spec, beside):
 def _check_asked(spec, beside):
     "What was asked can be made; the panel's spec"
     _, features = _all_features(spec, beside)
-    asked = PanelSpec(tuple(features), spec.horizons)
+    asked = PanelSpec(tuple(features), spec.horizons, paths=PATHS if spec.paths else ())
     _targets(asked.labels)
     return asked
 
@@ -281,7 +290,8 @@ def _options_of(spec):
     paths = {name: name_of(t) for name, t in beside.items() if _is_path(t)}
     return dict(
         reading=asdict(spec.reading), vendor=spec.vendor, adjust=spec.adjust, scale=spec.scale,
-        horizons=PanelSpec(('x',), spec.horizons).horizons, keep=spec.keep, as_of=spec.as_of,
+        horizons=PanelSpec(('x',), spec.horizons).horizons, keep=spec.keep, paths=spec.paths,
+        as_of=spec.as_of,
         sessions=asdict(spec.sessions), own_features=spec.features is not None,
         tables=[name for name, t in beside.items() if t is not None], **paths)
 
@@ -294,7 +304,7 @@ def _bars_recipe(source, cache, spec):
             data[name] = _digest_of(getattr(spec, name), cache)
     features = ohlcv_features() if spec.features is None else spec.features
     options = _options_of(spec)
-    makers = (_make_panel, ohlcv_features)
+    makers = (_make_panel, ohlcv_features, ohlcv_steps)
     return panel_recipe(data, *makers, features=_features_digest(features), **options)
 
 # %% ../nbs/00c_bars.ipynb #bars_findings

@@ -23,7 +23,8 @@ from .panel import Panel
 from .places import read_parquet
 from .predictions import daily_ic, load_predictions
 from .project import project_root
-from .views import LOOKBACK, _bar, _rows, _window_name, fit_view, view_of, windows_of
+from .views import (
+    LOOKBACK, _bar, _rows, _window_name, columns_of, fit_view, view_of, windows_of)
 
 # %% ../nbs/04d_baselines.ipynb #handed-on
 _all_ = [LOOKBACK]  # handed on
@@ -193,10 +194,10 @@ def ridge(
 )->pl.DataFrame:
     "Linear regression of the target's rank on the features of the day, or of each of its window"
     lags = range(lookback)
-    most = _PRODUCTS/(lookback*len(panel.spec.features))
+    most = _PRODUCTS/columns_of(panel, lags)
     views = [
         view_of(panel, split.train, (0,), 'the day', most),
-        view_of(panel, split.train, lags, _window_name(lags, lookback), most)]
+        view_of(panel, split.train, lags, _window_name(lags, lookback, panel.spec.paths), most)]
     fit = partial(_fit_ridge, penalty=penalty)
     return _learned('ridge', panel, split, dates, views[:lookback], fit)
 
@@ -248,10 +249,10 @@ def boosting(
         learning_rate=.05, num_leaves=31, min_data_in_leaf=500, feature_fraction=.7,
         bagging_fraction=.7, bagging_freq=1, seed=seed, deterministic=True, force_row_wise=True,
         verbose=-1)
-    lags = _some_lags(lookback)
+    lags = range(lookback) if panel.spec.paths else _some_lags(lookback)
     views = [
         view_of(panel, split.train, (0,), 'the day', _CELLS),
-        view_of(panel, split.train, lags, _window_name(lags, lookback), _CELLS)]
+        view_of(panel, split.train, lags, _window_name(lags, lookback, panel.spec.paths), _CELLS)]
     fit = partial(_fit_trees, options=options, trees=trees)
     return _learned('lightgbm', panel, split, dates, views[:lookback], fit)
 

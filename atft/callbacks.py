@@ -97,7 +97,7 @@ def farewell(self:Keeper, trainer)->str:
     is_kept = trainer.shared.spec.save_phase_checkpoint
     kept = f'{self.folder.last(number)} holds it, the same command continues there'
     lost = 'nothing was kept (save_phase_checkpoint is off)'
-    return (f'phase {number}: stopped as asked, {trainer.partial["days"]} of '
+    return (f'phase {number}: stopped as asked, {trainer.days_behind} of '
             f'{len(trainer.shared.split.train)} days into epoch {len(trainer.history)}; '
             f'{kept if is_kept else lost}')
 
@@ -120,7 +120,7 @@ class Progress(Callback):
         self.move(trainer)
 
     def move(self, trainer):
-        behind = trainer.partial['days'] if trainer.partial else 0
+        behind = trainer.days_behind
         self.bar.n = max(trainer.trained, 0)*len(trainer.shared.split.train) + behind
 
     def epoch_ends(self, trainer): self.move(trainer)

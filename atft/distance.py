@@ -47,7 +47,7 @@ def _shares(values, scaler):
     "[F] share of the known values that are clipped, and of all that are missing"
     known = np.isfinite(values)
     scaled = np.abs((np.where(known, values, scaler.center_)-scaler.center_)/scaler.scale_)
-    clipped = (scaled > scaler.clip).sum(0)/known.sum(0).clip(min=1)
+    clipped = (scaled > scaler.limit_).sum(0)/known.sum(0).clip(min=1)
     return clipped, 1-known.mean(0)
 
 def _together(today, then, features):

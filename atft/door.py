@@ -34,6 +34,7 @@ class DoorSpec:
     adjust:str|None = None    # raw prices with a factor: COLUMN:events, :levels or :close
     scale:str = 'rank'        # how a feature is compared within its day: rank or robust
     keep:tuple[str, ...] = () # further columns of numbers that are features
+    paths:bool = True         # the steps of price and value traded too, for the window
     sectors:str|None = None   # file: code, perhaps date, and what is kept of a code
     universe:str|None = None  # file of members: code, first, last; or date, code
     join:str|None = None      # file of fundamentals: code, the day they were published, numbers
@@ -51,12 +52,12 @@ class DoorSpec:
         "The same as the bars' own record"
         reading = Reading(self.columns, self.dates, self.zone, self.codes, self.wide)
         return BarsSpec(
-            reading, self.vendor, self.adjust, self.scale, horizons, keep=self.keep,
+            reading, self.vendor, self.adjust, self.scale, horizons, keep=self.keep, paths=self.paths,
             sectors=self.sectors, universe=self.universe, join=self.join, as_of=self.as_of,
             sessions=SessionRule(self.session_share))
 
 # %% ../nbs/00w_door.ipynb #_check_texts
-NO_TEXT = ('codes', 'keep', 'session_share')
+NO_TEXT = ('codes', 'keep', 'paths', 'session_share')
 
 def _check_texts(spec):
     "Texts are texts and not empty; `keep` is several names"
@@ -67,6 +68,8 @@ def _check_texts(spec):
             raise AtftError(f'{one.name}={value!r} is no text; leave it out, or say what is meant')
     if isinstance(spec.keep, str):
         raise AtftError(f'keep={spec.keep!r} must be several names in a tuple')
+    if not isinstance(spec.paths, bool):
+        raise AtftError(f'paths={spec.paths!r} must be True or False')
     share = spec.session_share
     if isinstance(share, bool) or not isinstance(share, (int, float)):
         raise AtftError(f'session_share={share!r} must be a number in (0, 1]')

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TERMS', 'OWN_TERMS', 'soft_rank_ic', 'sharpe', 'mean_known', 'pinball', 'by_day', 'Scored', 'register_term',
-           'zero_unknown', 'relative_to_day', 'mse_term', 'quantile_term', 'sharpe_term', 'ic_term', 'loss_terms',
-           'total_loss']
+           'zero_unknown', 'relative_to_day', 'mse_term', 'quantile_term', 'sharpe_term', 'ic_term', 'day_ranks',
+           'rank_term', 'loss_terms', 'total_loss']
 
 # %% ../nbs/02c_losses.ipynb #imports
 import math
@@ -151,6 +151,23 @@ def ic_term(day:Scored)->Tensor:
     "Minus the mean over days of the rank IC's differentiable twin"
     return -soft_rank_ic(day.score, day.target).nanmean(0)
 
+# %% ../nbs/02c_losses.ipynb #day_ranks
+def day_ranks(
+    target:Tensor, # [B, H, N]
+    known:Tensor,  # [B, H, N]
+)->Tensor:
+    "Rank among the day's known values, of mean 0 and variance 1; 0 where unknown"
+    rank = average_rank(torch.where(known, target, torch.nan))
+    n = known.sum(-1, keepdim=True).clamp(min=1)
+    centred = (rank-.5)/n-.5
+    return zero_unknown(math.sqrt(12)*centred, known)
+
+@register_term('rank')
+def rank_term(day:Scored)->Tensor:
+    "Squared distance of the score, relative to its day, and the target's rank within the day"
+    distance = relative_to_day(day.score, day.known)-day_ranks(day.target, day.known)
+    return mean_known(distance.square(), day.known)
+
 OWN_TERMS = tuple(TERMS)  # what every training writes down, weighed or not
 
 # %% ../nbs/02c_losses.ipynb #loss_terms
@@ -177,7 +194,7 @@ def total_loss(
     target_weights:Tensor,     # [H]
 )->Tensor:                     # scalar; targets without labels take no part
     "Sum over terms and mean over targets, both weighted"
-    total = sum(weight*terms[name] for name, weight in weights.items())
+    total = sum(weight*terms[name] for name, weight in weights.items() if weight)
     known = total.isfinite()
     weighed = torch.where(known, total, 0)*target_weights
     return weighed.sum()/(target_weights*known).sum().clamp(min=1e-12)

@@ -25,7 +25,8 @@ from .ensembles import ensemble
 from .graph import GraphCache
 from .grown import check_grown
 from .holdings import read_holdings, weights_of, with_trades
-from .inference import Setup, _our_graph, _rows, load_checkpoint, open_data, predict, with_targets
+from .inference import (
+    Setup, _our_graph, _rows, filled, load_checkpoint, open_data, predict, with_targets)
 from .panel import Panel
 from .phases import _keys_of
 from .places import not_there, place
@@ -105,9 +106,7 @@ def _reopened(run, panel, number, graph=None):
     state = load_checkpoint(run.best(number))
     spec = replace(run.run(), num_workers=0)  # a few days are read sooner than processes start
     graphs = GraphCache(project_root()/'runs/cache/graphs', graph or _our_graph(spec, panel))
-    sizes = replace(
-        spec.network, features=len(panel.spec.features), horizons=len(panel.spec.targets),
-        attributes=graphs.graph.attributes, parts=tuple(state['identity']['network']['parts']))
+    sizes = filled(spec.network, panel, graphs, state['identity']['network']['parts'])
     processes = Processes()
     device = processes.device(spec.device)
     shared = Setup(

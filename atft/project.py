@@ -40,11 +40,11 @@ PILLARS = (
         '01_graph 01a_neighbours 01b_sectors'),
     _pillar('network', 'FAN, SAN, encoder,', 'graph, heads, losses',
         '02_fan_san 02a_kernels 02b_network 02c_losses 02d_san_kernels '
-        '02e_blocks 02f_explain 02g_published 02h_fan_kernels'),
+        '02e_blocks 02f_explain 02g_published 02h_fan_kernels 02i_paths 02j_heads'),
     _pillar('training', 'five phases, each from', 'where the last ended',
         '03_phases 03a_specs 03b_runs 03c_trainer 03d_processes '
         '03e_checkpoint 03f_ledger 03g_inference 03h_phase_row 03i_callbacks '
-        '03j_grown 03k_tried'),
+        '03j_grown 03k_tried 03l_movers'),
     _pillar('judging', 'rank IC ± 95%, costs,', 'baselines, the report',
         '04_eval 04a_predictions 04b_judge 04c_backtest 04d_baselines 04e_results '
         '04f_pictures 04g_sentences 04h_prices 04i_trading 04j_predict 04k_ensembles '

@@ -156,7 +156,8 @@ class TrainingSpec:
     seed:int = 0                # of weights, dropout, order of days and samples
     device:str = 'auto'         # auto, cpu or cuda
     num_workers:int = 0         # processes that decode ahead
-    days_per_step:int = 4       # trading days that pass through the network together
+    days_per_step:int = 4       # trading days' worth of rows that pass through the network together
+    spread:int = 32             # times as many days these rows are taken from, where no graph is read
     accumulate:int = 1          # passes an optimizer step adds up; shared by torchrun's processes
     precision:str = 'float32'   # of the network's arithmetic: float32, bfloat16 or float16
     predict_test:bool = True    # False: predict the validation days alone, as a search wants it
@@ -168,7 +169,7 @@ class TrainingSpec:
         _check_places(self, 'run_dir', 'resume_checkpoint')
         _check_flags(self, 'again', 'save_phase_checkpoint', 'predict_test', 'pictures')
         _check_counts(self, 0, 'seed', 'num_workers')
-        _check_counts(self, 1, 'days_per_step', 'accumulate', optional=('max_epochs',))
+        _check_counts(self, 1, 'days_per_step', 'spread', 'accumulate', optional=('max_epochs',))
         _check_training(self)
 
 # %% ../nbs/03a_specs.ipynb #flat_fields

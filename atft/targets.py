@@ -151,6 +151,16 @@ def _check_known(spec):
         if column in (spec.date, spec.code):
             raise AtftError(f'PanelSpec: {column!r} says which row it is; it cannot be a feature')
 
+# %% ../nbs/00i_targets.ipynb #_check_paths
+def _check_paths(spec):
+    "Paths are the last features, in their order"
+    named = tuple(name for path in spec.paths for name in path)
+    if any(not path for path in spec.paths):
+        raise AtftError('PanelSpec: a path has no steps; name them, the one that carries the level last')
+    if named and spec.features[-len(named):] != named:
+        raise AtftError(f'PanelSpec: the steps of paths ({", ".join(named)}) must be the last features, '
+                        'in this order; put them at the end of `features`')
+
 # %% ../nbs/00i_targets.ipynb #PanelSpec
 @dataclass(frozen=True)
 class PanelSpec:
@@ -160,16 +170,19 @@ class PanelSpec:
     date:str = 'date'                         # trading day, Parquet date32
     code:str = 'code'                         # instrument, string
     ret:str = 'ret_1d'                        # return known at that close: the graph correlates it
+    paths:tuple[tuple[str, ...], ...] = ()    # features that are steps of a raw series, the last ones
 
     def __post_init__(self):
         features = _tuple(self.features, 'features')
+        paths = tuple(_tuple(path, 'paths') for path in _tuple(self.paths, 'paths'))
         labels = [as_target(h) for h in _tuple(self.horizons, 'horizons')]
         short = tuple(_short(label) for label in labels)
-        self.__dict__.update(features=features, horizons=short)
+        self.__dict__.update(features=features, horizons=short, paths=paths)
         _check_columns(self)
         _check_once(self.features, 'feature')
         _check_once(self.targets, 'target')
         _check_known(self)
+        _check_paths(self)
 
 # %% ../nbs/00i_targets.ipynb #labels
 def _short(target):
@@ -190,6 +203,11 @@ def targets(self:PanelSpec)->tuple[str, ...]:
     return tuple(t.column for t in self.labels)
 
 # %% ../nbs/00i_targets.ipynb #target_names
+@patch(as_prop=True)
+def steps(self:PanelSpec)->int:
+    "How many of the features, the last ones, are steps of paths"
+    return sum(map(len, self.paths))
+
 @patch(as_prop=True)
 def target_names(self:PanelSpec)->tuple[str, ...]:
     return tuple(t.name for t in self.labels)
