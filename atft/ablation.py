@@ -187,7 +187,7 @@ def train_branch(
     net = s.network()
     net.load_state_dict(start)
     if branch in ('RevIN', 'LayerNorm'):
-        net.fan = Instead(net.spec.features, branch)
+        net.fan = Instead(net.spec.channels, branch)
     net = train(s, net, branch_phase(branch, epochs))
     return predictions_table(net, s).filter(pl.col('split') == 'test')
 

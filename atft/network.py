@@ -22,7 +22,7 @@ from .blocks import GatedAdd, GatedResidual, LastStepAttention, VariableSelectio
 from .core import AtftError, Registry
 from .fan_san import AGGREGATIONS, FAN, SAN, split_missing
 from .heads import QUANTILES, Forecast, Heads
-from .paths import PathFAN, PathSAN, candle, channels_of, removed, squash, unroll
+from .paths import PathFAN, PathSAN, candle, removed, squash
 
 _all_ = [QUANTILES, Forecast, Heads] # handed on
 
@@ -58,8 +58,8 @@ class NetworkSpec:
 
     @property
     def channels(self)->int|None: # C
-        "How many channels of the window are read: those of paths, where there are any"
-        return sum(channels_of(self.paths)) or self.features
+        "How many columns of the window are read: the steps of paths, where there are any"
+        return sum(self.paths) or self.features
 
 # %% ../nbs/02b_network.ipynb #_refuse
 def _is_whole(value):
@@ -150,7 +150,7 @@ def registered(
 # %% ../nbs/02b_network.ipynb #Inputs
 class Inputs(NamedTuple):
     "What a part on the state or in the graph may look at besides the states"
-    values:Tensor     # [N, L, C] the raw window, paths unrolled, 0 where unknown
+    values:Tensor     # [N, L, C] the raw window, paths as candles, 0 where unknown
     known:Tensor      # [N, L, C] True where known
     edge_index:Tensor # [2, E]
     edge_attr:Tensor  # [E, A]
@@ -160,7 +160,7 @@ class Inputs(NamedTuple):
 def make_fan(spec:NetworkSpec)->nn.Module:
     "FAN as the network has it"
     if spec.paths:
-        return PathFAN(channels_of(spec.paths), spec.fan_windows, spec.fan_aggregation, spec.norm_eps)
+        return PathFAN(spec.paths, spec.fan_windows, spec.fan_aggregation, spec.norm_eps)
     return FAN(spec.channels, spec.fan_windows, spec.fan_frequencies,
                aggregation=spec.fan_aggregation, eps=spec.norm_eps)
 
@@ -169,7 +169,7 @@ register_part('fan', 'window', make_fan)
 # %% ../nbs/02b_network.ipynb #make_san
 def make_san(spec:NetworkSpec)->nn.Module:
     "SAN as the network has it"
-    if spec.paths: return PathSAN(channels_of(spec.paths), spec.san_slices, spec.norm_eps)
+    if spec.paths: return PathSAN(spec.paths, spec.san_slices, spec.norm_eps)
     return SAN(spec.channels, spec.san_slices, spec.san_overlap,
                aggregation=spec.san_aggregation, eps=spec.norm_eps)
 
@@ -214,8 +214,7 @@ class PathLevels(Levels):
 
     def statistics(self, values:Tensor, known:Tensor)->Tensor: # [N, L, C] both -> [N, M]
         spec = self.spec
-        sizes = channels_of(spec.paths)
-        return removed(values, known, sizes, spec.fan_windows, spec.san_slices, spec.norm_eps)
+        return removed(values, known, spec.paths, spec.fan_windows, spec.san_slices, spec.norm_eps)
 
 register_part('levels', 'state', make_levels, group='fan')
 
@@ -322,7 +321,7 @@ def needs_edges(self:ATFT)->bool:
 # %% ../nbs/02b_network.ipynb #embed
 class Embedded(NamedTuple):
     "A window on its way into the encoder, [N, L, C] but for the last"
-    values:Tensor     # raw, paths unrolled, 0 where unknown
+    values:Tensor     # raw, paths as candles, 0 where unknown
     known:Tensor      # True where known
     normalized:Tensor # what the parts on the window made of it, as the encoder reads it
     steps:Tensor      # [N, L/P, D] P days' channels as one vector
@@ -331,7 +330,7 @@ class Embedded(NamedTuple):
 def window_of(self:ATFT, x:Tensor)->Tensor: # [N, L, F] -> [N, L, C], NaN where unknown in both
     "What of the input the encoder reads"
     if not self.spec.paths: return x
-    return unroll(x[..., -sum(self.spec.paths):], self.spec.paths)
+    return candle(x[..., -self.spec.channels:], self.spec.paths)
 
 @patch
 def embed(self:ATFT, x:Tensor)->Embedded: # [N, L, F], NaN where unknown
@@ -349,8 +348,9 @@ def embed(self:ATFT, x:Tensor)->Embedded: # [N, L, F], NaN where unknown
 def today(self:ATFT, x:Tensor)->Tensor: # [N, L, F] -> [N, F], 0 where unknown
     "All features of the last day; the steps of paths as its candle"
     last = x[:, -1]
-    steps = sum(self.spec.paths)
-    if steps: last = torch.cat([last[:, :-steps], squash(candle(last[:, -steps:], self.spec.paths))], 1)
+    if self.spec.paths:
+        features, steps = last.split([self.spec.features-self.spec.channels, self.spec.channels], 1)
+        last = torch.cat([features, squash(candle(steps, self.spec.paths))], 1)
     return split_missing(last).values
 
 def patched(

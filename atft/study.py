@@ -34,7 +34,7 @@ from .runs import FREE, as_json
 from .specs import RunSpec, override, table_of
 
 # %% ../nbs/05a_study.ipynb #SPACE
-TERM_SHARES = ('mse', 'quantile', 'sharpe', 'ic')
+TERM_SHARES = ('rank', 'quantile', 'sharpe', 'ic')
 OF_THE_RUN = ('hidden', 'dropout', 'fan_windows', 'san_slices', 'k', 'threshold')
 WINDOWS = ['5 10 20', '3 5 10', '10 20', '5 20']
 
@@ -44,7 +44,7 @@ SPACE = dict( # name -> (how optuna draws it, from what)
     # a step shrinks by lr times this: under .1 a short run does not feel it
     weight_decay=('float', dict(low=1e-5, high=1, log=True)),
     # shares of the loss terms
-    mse=('float', dict(low=0, high=1)),
+    rank=('float', dict(low=0, high=1)),
     quantile=('float', dict(low=.1, high=1)),
     sharpe=('float', dict(low=0, high=1)),
     ic=('float', dict(low=0, high=1)),
@@ -92,7 +92,7 @@ def _overrides(spec, values):
     if 'weight_decay' in values: changes.append(f'weight_decay={values["weight_decay"]:.6g}')
     if set(TERM_SHARES) <= set(values):
         shares = np.array([values[name] for name in TERM_SHARES])
-        words = [f'{share:.6g}' for share in shares/shares.sum()]
+        words = [f'{name}:{share:.6g}' for name, share in zip(TERM_SHARES, shares/shares.sum())]
         changes.append('terms='+' '.join(words))
     return changes
 
@@ -127,7 +127,7 @@ def _check_search(search):
 
 def _check_unsearched(search):
     "Overrides of the run change nothing that trials draw for every phase"
-    drawn = dict(weight_decay='weight_decay', terms='mse')  # a field -> what is drawn for it
+    drawn = dict(weight_decay='weight_decay', terms='rank')  # a field -> what is drawn for it
     for change in search.run.overrides.split(','):
         name = change.partition('=')[0].strip().split('.')[-1]
         if name in drawn and drawn[name] not in search.fixed:

@@ -10,6 +10,7 @@ import json
 import math
 import sys
 import time
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +23,11 @@ from .checkpoint import previous, weights_key
 from .core import AtftError
 from .correlation import MIN_NAMES, rank_ic
 from .data import make_loader
-from .inference import Setup, autocast, days_of, load_checkpoint, load_weights, stack, validate
+from .inference import (
+    SHUFFLED, Setup, autocast, days_of, load_checkpoint, load_weights, stack, validate)
 from .losses import OWN_TERMS, by_day, loss_terms, total_loss
 from .movers import after_epoch, after_step, make_average, make_optimizer, make_schedule
-from .network import ATFT, PARTS, Forecast, openings
+from .network import ATFT, PARTS, Forecast, openings, parameter_groups
 from .panel import days_known
 from .runs import RunFolder
 from .phase_row import HORIZONS
@@ -100,6 +102,7 @@ class Trainer:
         self.number = number
         self.phase = phase
         self.net = net.switch(phase.parts, phase.windows or None)
+        self.freeze()
         self.start = weights_key(net.state_dict())  # of the weights that it begins with
         self.days = days_of(shared)  # that the weights have seen
         self.resume = 'auto' # what the run says of them, where it says it of this phase
@@ -111,6 +114,14 @@ class Trainer:
         self.best = None     # the weights of the best of them
         self.partial = None  # of an epoch under way: what is behind it
         self.make_movers()
+
+# %% ../nbs/03c_trainer.ipynb #freeze
+@patch
+def freeze(self:Trainer):
+    "No gradients for the groups whose rate is 0"
+    for name, parameters in parameter_groups(self.net).items():
+        if self.phase.rate(name): continue
+        for p in parameters: p.requires_grad_(False)
 
 # %% ../nbs/03c_trainer.ipynb #make_movers
 @patch(as_prop=True)
@@ -149,8 +160,10 @@ def trained(self:Trainer)->int:
 # %% ../nbs/03c_trainer.ipynb #best_epoch
 @patch(as_prop=True)
 def best_epoch(self:Trainer)->int:
-    "The first epoch with the highest score"
-    return max(range(len(self.history)), key=lambda epoch: self.history[epoch]['score'])
+    "The first epoch with the highest score; of a cycle only the start and the end are asked"
+    epochs = range(len(self.history))
+    if self.phase.schedule == 'one_cycle': epochs = [e for e in epochs if e in (0, self.epochs)]
+    return max(epochs, key=lambda epoch: self.history[epoch]['score'])
 
 @patch(as_prop=True)
 def done(self:Trainer)->bool:
@@ -316,30 +329,41 @@ def spread(self:Trainer)->int:
     codes = panel.num_rows/len(panel.dates)
     return max(1, min(self.shared.spec.spread, int(codes/LEAST_DEALT)))
 
+def _hands(days, passes, shuffle):
+    "Some days, dealt to passes: of each day a part of its codes"
+    dealt = [torch.randperm(len(day), generator=shuffle).tensor_split(passes) for day in days]
+    return [[day.some(rows.sort().values) for day, rows in zip(days, hand)] for hand in zip(*dealt)]
+
 @patch
 def deal(self:Trainer, days:list, nth:int): # yields the days of each pass, with some of their codes
-    "Deal the codes of some days to passes, as many as whole days would need"
-    passes = math.ceil(len(days)/self.shared.spec.days_per_step)
-    if self.spread == 1: passes = 1
+    "Deal the codes of some days to as many passes as whole days would need"
+    each = self.shared.spec.days_per_step
     shuffle = torch.Generator()
     shuffle.manual_seed(hash((self.shared.spec.seed, self.number, self.trained, nth)) % 2**63)
-    dealt = [torch.randperm(len(day), generator=shuffle).tensor_split(passes) for day in days]
-    for hand in zip(*dealt):
-        yield [day.some(rows.sort().values) for day, rows in zip(days, hand)] if passes > 1 else days
+    groups = chunked(days, self.spread*each)
+    dealt = [_hands(group, math.ceil(len(group)/each), shuffle) for group in groups]
+    for turn in zip_longest(*dealt): yield from filter(None, turn)
 
 # %% ../nbs/03c_trainer.ipynb #passes
+@patch(as_prop=True)
+def dealt_together(self:Trainer)->int:
+    "Days that are dealt to passes together"
+    each = self.shared.spec.days_per_step
+    return each if self.spread == 1 else max(1, SHUFFLED//each)*each
+
 @patch
 def passes(self:Trainer): # yields the number of a pass and its days
     "The passes of the epoch under way that are not yet behind it"
     loader = make_loader(self.shared.days('train', shuffle=True), self.shared.spec.num_workers)
     loader.set_epoch(1000*self.number+self.trained)
-    together = self.spread*self.shared.spec.days_per_step
     behind = self.partial['passes']
-    first = behind//self.spread*self.spread
-    if first: loader.load_state_dict(loader.state_dict() | dict(position=first//self.spread*together))
-    nth = first
-    for days in chunked(loader, together):
-        for hand in self.deal(days, nth):
+    passes_each = self.dealt_together//self.shared.spec.days_per_step
+    nth = behind//passes_each*passes_each
+    start = nth*self.shared.spec.days_per_step
+    if start: loader.load_state_dict(loader.state_dict() | dict(position=start))
+    for days in chunked(loader, self.dealt_together):
+        hands = [days] if self.spread == 1 else self.deal(days, nth)
+        for hand in hands:
             if nth >= behind: yield nth, hand
             nth += 1
 

@@ -46,29 +46,8 @@ def _past(panel, scaler, days, most):
     features = rows.select(panel.spec.features).to_numpy().astype(np.float32)
     x = np.full((at[-1]-first+1, rows['code'].n_unique(), features.shape[1]), np.nan, np.float32)
     x[session, rows['place'].to_numpy()] = scaler.transform(torch.from_numpy(features)).numpy()
-    if panel.spec.paths: x[..., -panel.spec.steps:] = _levels(x[..., -panel.spec.steps:], panel.spec)
     rows = rows.select('date', 'code', *targets, 'session', 'place')
     return rows.filter(pl.col('date').is_in(days.tolist())), x
-
-# %% ../nbs/04u_views.ipynb #_levels
-def _levels(steps, spec):
-    "[sessions, codes, C] steps of paths as levels since the first session; NaN where unknown"
-    levels = np.full_like(steps, np.nan)
-    begin = 0
-    for path in spec.paths:
-        end = begin+len(path)
-        step = np.nan_to_num(steps[..., end-1:end])
-        level = step.cumsum(0)
-        levels[..., begin:end-1] = level-step+steps[..., begin:end-1]
-        levels[..., end-1:end] = np.where(np.isnan(steps[..., end-1:end]), np.nan, level)
-        begin = end
-    return levels
-
-def _from_today(then, today, spec, length):
-    "[rows, C] levels as distances from today's, in units of a usual window"
-    ends = np.cumsum([len(path) for path in spec.paths])-1
-    anchors = np.repeat(today[:, ends], [len(path) for path in spec.paths], 1)
-    return (then-anchors)/np.float32(length**.5)
 
 # %% ../nbs/04u_views.ipynb #windows_of
 _AT_ONCE = 20_000 # rows whose windows are in memory together
@@ -80,7 +59,7 @@ def windows_of(
     lags,            # sessions before a day whose features stand in a row: 0, 1, ...
 ):                   # yields rows and x [rows, columns], a part at a time
     """Rows of some days with their targets' ranks, and [rows, `columns_of`] features of sessions
-    before; where there are paths, all features of the day and the paths of the sessions before"""
+    before; where there are paths, all features of the day and the steps of the sessions before"""
     ranks = [_rank(column).name.prefix('rank ') for column in panel.spec.targets]
     together = np.searchsorted(panel.dates, days)//_SESSIONS
     for one in np.unique(together):
@@ -93,13 +72,8 @@ def windows_of(
 def _seen(x, session, place, lags, spec):
     "What each lag shows of some rows, [rows, columns] a lag"
     if not spec.paths: return [x[session-lag, place] for lag in lags]
-    today = x[session, place]
-    columns = slice(-spec.steps, None)
-    length = max(lags)+1
-    whole = today.copy()
-    whole[:, columns] = _from_today(today[:, columns], today[:, columns], spec, length)
-    before = [x[session-lag, place][:, columns] for lag in lags if lag]
-    return [whole, *[_from_today(then, today[:, columns], spec, length) for then in before]]
+    before = [x[session-lag, place][:, -spec.steps:] for lag in lags if lag]
+    return [x[session, place], *before]
 
 def columns_of(
     panel:Panel,

@@ -400,7 +400,7 @@ def test_fundamentals_dated_forty_days_early_are_caught():
 def test_own_numbers_are_kept_as_further_features(tmp_path):
     own = BARS.with_columns(mood=pl.Series(np.random.default_rng(1).normal(size=3000)))
     panel = bars_panel(own, tmp_path, keep='mood')
-    assert panel.spec.features[-1] == 'mood' and len(panel.spec.features) == 26
+    assert panel.spec.features[25] == 'mood' and len(panel.spec.features) == 31
     made = panel.scan().collect().sort('date', 'code')
     ranks = own.sort('date', 'code').with_columns(pl.col('mood').rank().over('date'))
     assert np.allclose(made['mood'], (ranks['mood']-.5)/30*2-1, atol=1e-6)

@@ -11,7 +11,7 @@ def test_the_panel_of_real_bars_gives_the_known_reversal(market_data, tmp_path):
     panel = open_panel(market_data, cache=tmp_path)
     for rule in ('zero_price', 'stale', 'swapped', 'outside'):
         assert panel.findings['repairs'][rule]['bars'] > 0, rule
-    assert len(panel.spec.features) == 25
+    assert len(panel.spec.features) == 25+panel.spec.steps == 30
     days = panel.dates[panel.dates >= np.datetime64('2013-01-01')]
     next_day = reversal(panel, days, 1).filter(pl.col('horizon') == 1)
     one = evaluate(next_day).row(0, named=True)

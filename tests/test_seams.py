@@ -133,7 +133,7 @@ class Smoothed(nn.Module):
     "x + tanh(g) (mean of the window - x): one gate a feature, on the window"
     def __init__(self, spec):
         super().__init__()
-        self.g = nn.Parameter(torch.zeros(spec.features))
+        self.g = nn.Parameter(torch.zeros(spec.channels))
 
     def forward(self, x): # [N, L, F], NaN where unknown -> 0 there
         values, known = split_missing(x)
