@@ -48,7 +48,7 @@ def _power_shares(window): # [L, F] -> [L//2, F], adding up to 1
 def _look(net, x, n):
     "The weights of code number n's own window: selection, bins, attention"
     window = net.embed(x[n:n+1])
-    days = net.spec.patch
+    days = net.spec.together
     weights = net.select.weights(patched(window.normalized, days), patched(window.known, days))[0]
     by_day = weights.unflatten(-1, (days, -1)).flatten(0, 1)
     hidden = net.after_lstm(net.lstm(window.steps)[0], window.steps)

@@ -35,11 +35,14 @@ class Heads(nn.Module):
             nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU())
         self.dropout = nn.Dropout(dropout)
         self.both = nn.Linear(width+hidden, hidden)
-        self.linear = nn.Linear(hidden, 4*targets)
+        self.beside = nn.Linear(hidden, 4*targets)
+        nn.init.zeros_(self.beside.weight)
+        nn.init.zeros_(self.beside.bias)
+        self.linear = nn.Linear(width, 4*targets)
 
     def forward(self, h:Tensor, today:Tensor)->Forecast: # [N, D], [N, F]
         inside = self.dropout(torch.cat([h, self.today(today)], -1))
-        out = self.linear(self.both(inside).relu())
+        out = self.linear(h) + self.beside(self.both(inside).relu())
         score, median, below, above = out.unflatten(-1, (-1, 4)).unbind(-1)
         low = median-softplus(below)
         high = median+softplus(above)

@@ -31,6 +31,7 @@ import torch
 
 from .checkpoint import Stopped, stop_on_signals
 from .core import AtftError
+from .inference import SHUFFLED
 from .phases import PHASES, parse_phases, run_phases
 from .runs import FREE, RunFolder, as_json
 from .specs import RunSpec
@@ -227,7 +228,8 @@ def memory_of(
     "About what a training needs"
     fixed, per_feature, per_hidden = PASS
     day = fixed+per_feature*features+per_hidden*run.hidden
-    return BASE+run.days_per_step*day*codes/3818*run.lookback/60/1024
+    blocks = 3*4*SHUFFLED*codes*features/2**30  # days that are decoded together
+    return BASE+blocks+run.days_per_step*day*codes/3818*run.lookback/60/1024
 
 def free_memory()->float: # GiB; infinite where nobody tells
     "What this machine has left"

@@ -39,7 +39,7 @@ class NetworkSpec:
     parts:tuple[str, ...] = field(default=OWN_PARTS, metadata=FROM_DATA) # that exist, on or off
     paths:tuple[int, ...] = field(default=(), metadata=FROM_DATA) # steps of each path of the panel
     hidden:int = 32                        # D, hidden width
-    patch:int = 5                          # days of a window that are read together
+    patch:int|None = None                  # days read as one; None: 5 where there are paths, else 1
     readout:int = 128                      # width of the heads' hidden layers, which see today too
     heads:int = 4                          # of the temporal and the graph attention; divides D
     dropout:float = .1                     # share of hidden values left out in training, [0, 1)
@@ -61,6 +61,11 @@ class NetworkSpec:
         "How many columns of the window are read: the steps of paths, where there are any"
         return sum(self.paths) or self.features
 
+    @property
+    def together(self)->int: # P
+        "Days that are read as one step of the LSTM"
+        return self.patch or (5 if self.paths else 1)
+
 # %% ../nbs/02b_network.ipynb #_refuse
 def _is_whole(value):
     return isinstance(value, int) and not isinstance(value, bool)
@@ -74,8 +79,8 @@ def _refuse(spec, name, wanted):
 # %% ../nbs/02b_network.ipynb #_check_sizes
 def _check_sizes(spec):
     "Sizes are whole and positive, and heads divide the width"
-    sizes = ['horizons', 'attributes', 'hidden', 'heads', 'patch', 'readout', 'san_slices']
-    if spec.features is not None: sizes.append('features')
+    sizes = ['horizons', 'attributes', 'hidden', 'heads', 'readout', 'san_slices']
+    sizes += [name for name in ('features', 'patch') if getattr(spec, name) is not None]
     for name in sizes:
         value = getattr(spec, name)
         if not _is_whole(value) or value < 1:
@@ -260,7 +265,7 @@ class ATFT(nn.Module):
         D = spec.hidden
         self.add_parts('window')
         self.add_parts('state')
-        self.select = VariableSelection(spec.patch*spec.channels, D)
+        self.select = VariableSelection(spec.together*spec.channels, D)
         self.lstm = nn.LSTM(D, D, batch_first=True)
         self.after_lstm = GatedAdd(D, spec.dropout)
         self.attention = LastStepAttention(D, spec.heads)
@@ -341,7 +346,8 @@ def embed(self:ATFT, x:Tensor)->Embedded: # [N, L, F], NaN where unknown
     for nth, part in enumerate(self.on('window')):
         values = part(torch.where(known, values, torch.nan) if nth else window)
     read = squash(values) if self.spec.paths else values
-    steps = self.select(patched(read, self.spec.patch), patched(known, self.spec.patch))
+    days = self.spec.together
+    steps = self.select(patched(read, days), patched(known, days))
     return Embedded(raw, known, read, steps)
 
 @patch
