@@ -156,7 +156,9 @@ def _on_sessions(bars, found):
 def _all_features(spec, beside):
     "The features of bars, those kept beside them and those of the fundamentals, by name"
     made = ohlcv_features() if spec.features is None else spec.features
-    more = [*spec.keep, *beside.features, *_steps_of(spec)]
+    more = [*spec.keep, *beside.features]
+    if not made and not more: raise AtftError('panel_from_ohlcv: no features; name at least one')
+    more += _steps_of(spec)
     for i, name in enumerate(more):
         if name in made or name in more[:i]:
             raise AtftError(f'panel_from_ohlcv: {name!r} is the name of two features; choose another')

@@ -39,7 +39,7 @@ class NetworkSpec:
     parts:tuple[str, ...] = field(default=OWN_PARTS, metadata=FROM_DATA) # that exist, on or off
     paths:tuple[int, ...] = field(default=(), metadata=FROM_DATA) # steps of each path of the panel
     hidden:int = 32                        # D, hidden width
-    patch:int|None = None                  # days read as one; None: 5 where there are paths, else 1
+    patch_days:int|None = None             # days read as one; None: 5 where there are paths, else 1
     readout:int = 128                      # width of the heads' hidden layers, which see today too
     heads:int = 4                          # of the temporal and the graph attention; divides D
     dropout:float = .1                     # share of hidden values left out in training, [0, 1)
@@ -64,7 +64,7 @@ class NetworkSpec:
     @property
     def together(self)->int: # P
         "Days that are read as one step of the LSTM"
-        return self.patch or (5 if self.paths else 1)
+        return self.patch_days or (5 if self.paths else 1)
 
 # %% ../nbs/02b_network.ipynb #_refuse
 def _is_whole(value):
@@ -80,7 +80,7 @@ def _refuse(spec, name, wanted):
 def _check_sizes(spec):
     "Sizes are whole and positive, and heads divide the width"
     sizes = ['horizons', 'attributes', 'hidden', 'heads', 'readout', 'san_slices']
-    sizes += [name for name in ('features', 'patch') if getattr(spec, name) is not None]
+    sizes += [name for name in ('features', 'patch_days') if getattr(spec, name) is not None]
     for name in sizes:
         value = getattr(spec, name)
         if not _is_whole(value) or value < 1:

@@ -52,7 +52,7 @@ PILLARS = (
         '04r_factors 04s_html 04t_asked 04u_views 04v_distance'),
     _pillar('using it', 'search, speed, what each', 'part adds, your own',
         '05_hpo 05a_study 05b_summary 05c_folds 05d_jobs 05e_walked 06_bench 07_ablation 07a_gains '
-        '08_own_idea'),
+        '08_own_idea 09_real_market'),
 )
 ROAD = sum((p.rooms for p in PILLARS), ())
 
