@@ -27,6 +27,7 @@ from .inference import (
 from .graph import CorrelationGraph, GraphSpec
 from .grown import record_of
 from .intervals import mean_interval
+from .learned import labelled, refuse_unlabelled, target_weights
 from .losses import TERMS
 from .network import ATFT, registered
 from .panel import Panel
@@ -37,7 +38,7 @@ from .reports import (
 from .runs import RunFolder, crossing, refuse_own_state, refuse_unkept
 from .specs import (
     RunSpec, check_spec, command_line, parts_of, read_command_line, table_of, wanted_phases)
-from .trainer import Trainer, labelled, refuse_unlabelled, target_weights, train_phase
+from .trainer import Trainer, train_phase
 
 # %% ../nbs/03_phases.ipynb #fe826075
 _all_ = [

@@ -44,7 +44,7 @@ PILLARS = (
     _pillar('training', 'five phases, each from', 'where the last ended',
         '03_phases 03a_specs 03b_runs 03c_trainer 03d_processes '
         '03e_checkpoint 03f_ledger 03g_inference 03h_phase_row 03i_callbacks '
-        '03j_grown 03k_tried 03l_movers'),
+        '03j_grown 03k_tried 03l_movers 03m_learned'),
     _pillar('judging', 'rank IC ± 95%, costs,', 'baselines, the report',
         '04_eval 04a_predictions 04b_judge 04c_backtest 04d_baselines 04e_results '
         '04f_pictures 04g_sentences 04h_prices 04i_trading 04j_predict 04k_ensembles '

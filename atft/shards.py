@@ -221,7 +221,8 @@ def write_manifest(
     "`panel.json`, written last: only now is the set visible"
     content = ''.join(s['sha256']+s['last'] for s in shards)
     fingerprint = hashlib.sha256(content.encode()).hexdigest()[:16]
-    head = dict(version=FORMAT, spec=asdict(spec), source=source, fingerprint=fingerprint)
+    columns = {name: value for name, value in asdict(spec).items() if name != 'paths' or value}
+    head = dict(version=FORMAT, spec=columns, source=source, fingerprint=fingerprint)
     days = [str(d) for d in dates]
     manifest = dict(**head, **more, shards=shards, dates=days, codes=list(codes))
     _put(folder/'panel.json', json.dumps(manifest))

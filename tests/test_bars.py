@@ -7,6 +7,7 @@ import numpy as np
 import polars as pl
 import pytest
 from conftest import ROOT
+from polars.testing import assert_frame_equal
 
 from atft import door
 from atft.bars import (
@@ -745,3 +746,24 @@ def test_members_and_unknown_facts_are_told(tmp_path):
     assert f'universe: {len(BARS)-len(of_members):,} rows of no members left out' in told
     assert f'eps: not known in {unknown:,} rows' in told and unknown
     assert of_members.filter(code='C01')['date'].max() == date(2020, 3, 2)
+
+
+def test_another_unit_of_a_price_changes_no_feature_and_no_step():
+    first = BARS['code'][0]
+    of_one = pl.col('code') == first
+    prices = [pl.when(of_one).then(pl.col(c)/8).otherwise(pl.col(c)).alias(c)
+              for c in ('open', 'high', 'low', 'close')]
+    volume = pl.when(of_one).then(pl.col('volume')*8).otherwise(pl.col('volume')).alias('volume')
+    before = panel_from_ohlcv(BARS).collect()
+    after = panel_from_ohlcv(BARS.with_columns(*prices, volume)).collect()
+    assert {'step_open', 'step_close', 'step_value'} < set(before.columns)
+    assert_frame_equal(before, after, rel_tol=1e-6, abs_tol=1e-9)
+
+
+def test_steps_are_made_of_the_session_before_and_can_be_left_out():
+    made = panel_from_ohlcv(BARS).collect()
+    one = made.filter(pl.col('code') == BARS['code'][0]).sort('date')
+    moves = one['step_close'].to_numpy()
+    np.testing.assert_allclose(np.expm1(moves), one['ret_1d'].to_numpy(), rtol=1e-5, atol=1e-9)
+    bare = panel_from_ohlcv(BARS, paths=False).collect()
+    assert bare.columns == [c for c in made.columns if not c.startswith('step_')]
