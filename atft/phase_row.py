@@ -9,7 +9,7 @@ __all__ = ['GATE_RATE', 'SCHEDULES', 'HORIZONS', 'TERMS_BY_NUMBER', 'Phase', 'gr
 from dataclasses import dataclass, field, fields, replace
 
 from .core import AtftError, is_number, is_whole
-from .losses import OWN_TERMS, TERMS
+from .losses import TERMS
 from .network import GROUPS, PARTS
 from .panel import as_target
 
