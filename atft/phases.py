@@ -50,17 +50,17 @@ _all_ = [
 SHORT_FIRST = (1, .8, .5, .3)  # weights of 1, 5, 10 and 20 days
 SHORT_ONLY = (1, .4, .2, .1)
 EVERYTHING = ('graph', 'fan', 'san', 'levels')
-CYCLE = dict(terms=dict(rank=.8, quantile=.2), schedule='one_cycle', averaging=0., epochs=3)
+CYCLE = dict(terms=dict(rank=.8, quantile=.2), schedule='one_cycle', averaging=0.)
 
 PHASES = (
-    Phase('baseline', (), 2e-3, horizon_weights=SHORT_FIRST, **CYCLE),
-    Phase('graph', ('graph',), 1e-3, horizon_weights=SHORT_FIRST,
+    Phase('baseline', (), 3e-3, horizon_weights=SHORT_FIRST, epochs=2, **CYCLE),
+    Phase('graph', ('graph',), 1e-3, horizon_weights=SHORT_FIRST, epochs=1,
           rates=dict(graph=1.5, encoder=.1), **CYCLE),
-    Phase('fan', ('graph', 'fan', 'levels'), 1e-3, horizon_weights=SHORT_ONLY,
+    Phase('fan', ('graph', 'fan', 'levels'), 2e-3, horizon_weights=SHORT_ONLY, epochs=2,
           rates=dict(fan=2, graph=.3, encoder=.5), **CYCLE),
-    Phase('san', EVERYTHING, 1e-3, horizon_weights=SHORT_ONLY,
+    Phase('san', EVERYTHING, 2e-3, horizon_weights=SHORT_ONLY, epochs=1,
           rates=dict(san=2.5, graph=.3, encoder=.5), **CYCLE),
-    Phase('finetune', EVERYTHING, 3e-4, horizon_weights=SHORT_ONLY,
+    Phase('finetune', EVERYTHING, 3e-4, horizon_weights=SHORT_ONLY, epochs=1,
           rates=dict(encoder=.5), **CYCLE),
 )
 
