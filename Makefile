@@ -1,6 +1,6 @@
 # The two commands: `make run` and `make test`. Each makes its own environment if there is none.
 .DEFAULT_GOAL := help
-.PHONY: help run test report walk-forward hpo-run bench ablation chains kills lint lab docs export env
+.PHONY: help run test report walk-forward hpo-run bench ablation chains kills lint lab docs export outputs env
 SHELL := /bin/bash
 BIN := .venv/bin
 EPOCHS ?= 3
@@ -74,3 +74,7 @@ docs: env ## render the site into _docs (needs the quarto program)
 
 export: env ## write atft/ from the notebooks and clean them
 	$(BIN)/nbdev_export && $(BIN)/nbdev_clean
+
+NOTEBOOKS ?= nbs/*.ipynb
+outputs: env ## run every notebook and store what it shows, without progress, clocks and temporary paths; half an hour (NOTEBOOKS="nbs/02c_losses.ipynb ...")
+	$(ONE_THREAD) $(BIN)/python tests/outputs.py $(NOTEBOOKS) && $(BIN)/nbdev_clean

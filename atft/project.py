@@ -125,9 +125,16 @@ def road_svg()->str:
     return '\n'.join([*out, '</svg>\n'])
 
 # %% ../nbs/00e_project.ipynb #plot_style
+def _sharp():
+    "A notebook stores 144 points an inch, and shows them at the size of 72"
+    from IPython import get_ipython  # here, as the next: only notebooks need it
+    from matplotlib_inline.backend_inline import set_matplotlib_formats
+    if get_ipython() is not None: set_matplotlib_formats('retina')
+
 def plot_style(**changes): # more of matplotlib's settings
     "Small pictures without the upper and the right frame, for the notebooks"
     import matplotlib.pyplot as plt  # here: a second that most commands do not need
+    _sharp()
     style = {'figure.dpi': 72, 'figure.figsize': (8, 2.6)}
     frame = {'axes.spines.top': False, 'axes.spines.right': False}
     plt.rcParams.update(style | frame | changes)

@@ -92,7 +92,7 @@ def save_figure(
     without_version = {'Software': None}  # the same picture has the same bytes
     with atomic_path(path) as temp:
         box = 'tight' if is_cut else None
-        fig.savefig(temp, format='png', dpi=90, bbox_inches=box, metadata=without_version)
+        fig.savefig(temp, format='png', dpi=144, bbox_inches=box, metadata=without_version)
     plt.close(fig)
     return f'![{name.replace("_", " ")}]({quote(path.name)})'
 
