@@ -75,6 +75,7 @@ def plot_road(
 ):
     "The road data takes: pillars, and the rooms behind them"
     import matplotlib.pyplot as plt  # here: a second that most commands do not need
+    plot_style()
     fig, ax = plt.subplots(figsize=(11, 1.7), layout='constrained')
     left = 0.
     tall = 5  # rooms are stacked five high
