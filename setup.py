@@ -12,7 +12,7 @@ setup(
     author=cfg['author'], author_email=cfg['author_email'], url=cfg['git_url'], license='Apache-2.0',
     long_description=(Path(__file__).parent/'README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
-    packages=['atft'], python_requires=f">={cfg['min_python']}",
+    packages=['atft'], package_data={'atft': ['py.typed']}, python_requires=f">={cfg['min_python']}",
     install_requires=cfg['requirements'].split(),
     extras_require={
         'dev': cfg['dev_requirements'].split(), 'cluster': cfg['cluster_requirements'].split()},
