@@ -145,7 +145,7 @@ def project_root(
 # %% ../nbs/00e_project.ipynb #from_root
 def from_root(
     path:str|Path|None,
-)->str|None: # as it is if absolute or there seen from here; else below the project's root
+)->str|Path|None: # as it is if absolute or there seen from here; else below the project's root
     "What a relative path in a notebook's parameters means, whatever folder its kernel runs in"
     if path is None or '://' in str(path): return path  # nothing, or the URL of a store
     if Path(path).is_absolute() or Path(path).exists(): return path

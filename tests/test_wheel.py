@@ -1,4 +1,6 @@
 "The built wheel, installed into a folder of its own and used where no repository is"
+import ast
+import inspect
 import os
 import re
 import shutil
@@ -12,6 +14,10 @@ import numpy as np
 import polars as pl
 import pytest
 from conftest import ROOT
+
+from atft.data import DayBatch
+from atft.panel import Panel
+from atft.trading import Trading
 
 SCRIPTS = ('atft_phases', 'atft_predict', 'atft_bars', 'atft_folds')
 MODULES = ('phases', 'predict', 'bars', 'folds')
@@ -82,11 +88,28 @@ def env(installed):
     return os.environ | dict(PYTHONPATH=str(installed))
 
 
-def test_the_wheel_holds_the_package_and_nothing_else(wheel):
+def test_the_wheel_holds_the_package_its_stubs_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     packed = {name for name in names if '.dist-info/' not in name}
-    here = [*(ROOT/'atft').glob('*.py'), ROOT/'atft/py.typed']
-    assert packed == {f'atft/{path.name}' for path in here}
+    here = {f'atft/{path.name}' for path in (ROOT/'atft').glob('*.py')}
+    stubs = {name for name in packed if name.endswith('.pyi')}
+    assert packed-stubs == here | {'atft/py.typed'}
+    assert {'atft/panel.pyi', 'atft/trading.pyi'} <= stubs <= {f'{name}i' for name in here}
+
+
+def methods(text, kind):
+    "The names of the methods that stand in a class"
+    (found,) = [n for n in ast.parse(text).body if isinstance(n, ast.ClassDef) and n.name == kind]
+    return {node.name for node in found.body if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize('module, kind', [('panel', Panel), ('trading', Trading), ('data', DayBatch)])
+def test_a_stub_has_the_methods_that_a_class_was_given_later(module, kind, wheel):
+    text = zipfile.ZipFile(wheel).read(f'atft/{module}.pyi').decode()
+    given = {name for name, value in vars(kind).items() if inspect.isfunction(value)}
+    there = methods((ROOT/f'atft/{module}.py').read_text(), kind.__name__)
+    late = {name for name in given-there if not name.startswith('__')}
+    assert late and late <= methods(text, kind.__name__)
 
 
 def test_the_wheel_says_what_settings_say(wheel):
