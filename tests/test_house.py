@@ -1,5 +1,6 @@
 "What stands in two places says the same: versions, hooks, the citation, the changelog"
 import ast
+import json
 import re
 from configparser import ConfigParser
 
@@ -55,3 +56,35 @@ def test_notebooks_keep_their_tags(settings):
 def test_a_conflict_in_a_notebook_goes_to_nbdev():
     assert '*.ipynb merge=nbdev-merge' in (ROOT/'.gitattributes').read_text().splitlines()
     assert 'driver = nbdev_merge' in (ROOT/'.gitconfig').read_text()
+
+
+def test_the_citation_is_of_this_version(settings):
+    citation = yaml.safe_load((ROOT/'CITATION.cff').read_text())
+    assert citation['cff-version'] == '1.2.0'
+    assert citation['version'] == settings['version']
+    assert citation['url'] == citation['repository-code'] == settings['git_url']
+    assert citation['abstract'] == settings['description']+'.'
+    assert [one['name'] for one in citation['authors']] == [settings['author']]
+
+
+def test_papers_that_a_notebook_names_are_cited():
+    citation = yaml.safe_load((ROOT/'CITATION.cff').read_text())
+    cells = json.loads((ROOT/'nbs/02g_published.ipynb').read_text())['cells']
+    text = ''.join(''.join(cell['source']) for cell in cells)
+    named = re.findall(r'^\*([^*]+)\*, (\w+ \d{4})', text, re.M)
+    cited = {one['conference']['name']: one['title'] for one in citation['references']}
+    assert len(named) == 3 == len(cited)
+    for title, conference in named:
+        assert cited[conference].startswith(title)
+
+
+def test_the_changelog_begins_with_this_version(settings):
+    heads = re.findall(r'^## (\S+)', (ROOT/'CHANGELOG.md').read_text(), re.M)
+    numbers = [tuple(map(int, head.split('.'))) for head in heads]
+    assert heads[0] == settings['version']
+    assert len(heads) > 1 and numbers == sorted(set(numbers), reverse=True)
+
+
+def test_the_package_says_this_version(settings):
+    text = (ROOT/'atft/__init__.py').read_text()
+    assert ast.literal_eval(text.split('=')[1].strip()) == settings['version']
