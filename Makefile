@@ -1,6 +1,6 @@
 # The two commands: `make run` and `make test`. Each makes its own environment if there is none.
 .DEFAULT_GOAL := help
-.PHONY: help run test report walk-forward hpo-run bench ablation chains kills lint lab docs export outputs env
+.PHONY: help run test report walk-forward hpo-run bench ablation chains kills lint types lab docs export outputs env
 SHELL := /bin/bash
 BIN := .venv/bin
 EPOCHS ?= 3
@@ -64,6 +64,12 @@ kills: env ## kill a run 20 times, its saving 500 times and a search 10 times, f
 
 lint: env ## look for lines that are too wide and names that are unused or unknown, in notebooks, package and tests
 	$(BIN)/ruff check
+
+# methods that notebooks add to a class by @patch stand in it in what setup.py builds
+types: env ## check the types of the public interface as a user's script sees it, and of the package
+	@rm -rf build/types
+	$(BIN)/python setup.py -q build_py --build-lib build/types
+	MYPYPATH=build/types:tests $(BIN)/mypy
 
 lab: env ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab nbs

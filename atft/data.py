@@ -587,6 +587,8 @@ def some(self:DayBatch,
 # %% ../nbs/00_data.ipynb #_Epoch
 class _Epoch:
     "Where in which epoch a stream is, counted in days that were handed over"
+    seed:int # of the stream
+
     def set_epoch(self, epoch:int):
         "Start `epoch` from its first day"
         self.epoch = epoch

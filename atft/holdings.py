@@ -55,8 +55,8 @@ def read_holdings(
     if is_empty and {'code', 'weight'} <= set(table.collect_schema()):
         return pl.DataFrame(schema=dict(code=pl.String, held=pl.Float64))  # nothing is held
     if 'date' not in table.collect_schema(): table = table.with_columns(date=Date(1, 1, 1))
-    held = take(table, ('weight',), name='holdings', drop_twice=None).table
-    held = held.filter(pl.col('weight').is_not_null()).collect()
+    rows = take(table, ('weight',), name='holdings', drop_twice=None).table
+    held = rows.filter(pl.col('weight').is_not_null()).collect()
     if held['date'].n_unique() > 1 or held['code'].is_duplicated().any():
         raise AtftError('holdings: a code has several rows, or rows are of several days; give what is '
                         'held now, a row a code')

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from .checkpoint import Stopped
 from .core import AtftError
+from .correlation import MIN_NAMES
 from .data import check_whole
 from .inference import open_data, split_of, with_targets
 from .jobs import (
@@ -41,7 +42,6 @@ from .study import (
     search_of, suggest)
 from .summary import judge_winner, suggested_line, winner, write_summary
 from .panel import days_known
-from .trainer import MIN_NAMES
 from .tried import count_above
 
 # %% ../nbs/05_hpo.ipynb #handed-on

@@ -243,7 +243,8 @@ def usual_workers(
     memory:float, # GiB a job
 )->int:
     "One a core, as far as memory reaches"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    known = hasattr(os, 'sched_getaffinity')
+    cores = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
     fit = free_memory()/memory
     return max(1, min(jobs, cores, cores if math.isinf(fit) else int(fit)))
 

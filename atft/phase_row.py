@@ -23,8 +23,8 @@ class Phase:
     name:str
     parts:tuple[str, ...]   # which of the network's parts are on
     lr:float                # AdamW learning rate
-    terms:dict              # weight of each term of the loss, by name
-    horizon_weights:dict    # weight of each target: by name, else by its horizon's, `5d`
+    terms:dict|tuple        # weight of each term of the loss, by name
+    horizon_weights:dict|tuple # of each target: by name, else by its horizon's, `5d`
     epochs:int              # at most
     rates:dict = field(default_factory=dict) # multiplies `lr` by group; 1, and 20 for the gates
     windows:tuple[int, ...] = () # rolling windows that FAN keeps; empty: all it has

@@ -80,7 +80,7 @@ def same(self:Processes, value):
 def all(self:Processes, chunks:list)->list:
     "The chunks of all processes in order, where chunk i was dealt to process i % world"
     if self.world == 1: return chunks
-    parts = [None]*self.world
+    parts:list = [None]*self.world
     dist.all_gather_object(parts, chunks)
     total = sum(len(part) for part in parts)
     return [parts[i % self.world][i//self.world] for i in range(total)]

@@ -144,7 +144,7 @@ def plot_style(**changes): # more of matplotlib's settings
 def project_root(
     start:str|Path='.', # where to begin
 )->Path:                # the nearest folder above with a settings.ini; else `start` itself
-    "The project's top folder"
+    "The project's top folder; outside a project, where only the package is, `start` itself"
     start = Path(start).resolve()
     for folder in (start, *start.parents):
         if (folder/'settings.ini').exists(): return folder
@@ -153,7 +153,7 @@ def project_root(
 # %% ../nbs/00e_project.ipynb #from_root
 def from_root(
     path:str|Path|None,
-)->str|None: # as it is if absolute or there seen from here; else below the project's root
+)->str|Path|None: # as it is if absolute or there seen from here; else below the project's root
     "What a relative path in a notebook's parameters means, whatever folder its kernel runs in"
     if path is None or '://' in str(path): return path  # nothing, or the URL of a store
     if Path(path).is_absolute() or Path(path).exists(): return path
@@ -206,10 +206,11 @@ def _first_difference(cells, sections):
 
 # %% ../nbs/00e_project.ipynb #assert_exported
 def assert_exported(
-    root:str|Path|None=None, # None: this project; a folder without notebooks is fine
+    root:str|Path|None=None, # None: this project; one without notebooks or package is fine
 ):
     "Refuse a notebook whose exported cells differ from the package"
     root = Path(root or project_root())
+    if not (root/'atft').is_dir(): return  # an installed package: nothing is exported here
     for notebook in sorted((root/'nbs').glob('*.ipynb')):
         for module, cells in _exported_cells(notebook).items():
             path = root/'atft'/f'{str(module).replace(".", "/")}.py'

@@ -166,7 +166,7 @@ def _check_paths(spec):
 class PanelSpec:
     "The columns of a panel: what the network may read, and what it shall predict"
     features:tuple[str, ...]                  # F columns known at the close of `date`, float
-    horizons:tuple[int, ...] = (1, 5, 10, 20) # H targets: sessions, names or `Target`s
+    horizons:tuple = (1, 5, 10, 20)           # H targets: sessions, names or `Target`s
     date:str = 'date'                         # trading day, Parquet date32
     code:str = 'code'                         # instrument, string
     ret:str = 'ret_1d'                        # return known at that close: the graph correlates it

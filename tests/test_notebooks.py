@@ -129,6 +129,12 @@ def test_a_module_that_is_not_there_differs(project):
     with pytest.raises(AtftError, match='nbs/00c_bars.ipynb differs'): assert_exported(project)
 
 
+def test_beside_an_installed_package_nothing_is_compared(project):
+    edit(project, added)
+    shutil.rmtree(project/'atft')
+    assert_exported(project)
+
+
 def test_the_road_has_a_box_for_each_notebook():
     assert sorted(ROAD) == [n.stem for n in NOTEBOOKS if n.stem != 'index']
 
