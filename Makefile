@@ -72,5 +72,6 @@ docs: env ## render the site into _docs (needs the quarto program)
 	@command -v quarto >/dev/null || { echo "make docs: the quarto program is not installed; get it from quarto.org, then run this again"; exit 1; }
 	PATH="$(CURDIR)/$(BIN):$$PATH" quarto render
 
-export: env ## write atft/ from the notebooks and clean them
+export: env ## write atft/ and the page of its names from the notebooks, and clean them
 	$(BIN)/nbdev_export && $(BIN)/nbdev_clean
+	$(BIN)/python -c "from atft.project import write_reference; write_reference()"
