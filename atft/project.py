@@ -328,8 +328,8 @@ toc-depth: 2
 
 > A name goes in; the notebook that makes it comes out, with what it does in a sentence.
 
-By module, in alphabetical order; the search above finds a name too. `make export` writes this page from
-the package, so edit the notebooks instead."""
+By module, in alphabetical order; the search above finds a name too. `make export` writes this page
+from the package, so edit the notebooks instead."""
 
 def _maker(modules, module, name):
     "The module that makes a name which another may hand on"
