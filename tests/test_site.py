@@ -228,6 +228,20 @@ def test_first_uses_of_a_word_lead_to_the_glossary(page):
     assert set(linked) <= anchors_of(ROOT/'nbs/glossary.md')
 
 
+def test_every_cell_of_the_comparison_has_its_source_or_says_that_there_is_none():
+    text = (ROOT/'nbs/compare.md').read_text()
+    sources = dict(re.findall(r'^\[([\w-]+)\]: (https://\S+)$', text, re.M))
+    cited = re.findall(r'\]\[([\w-]+)\]', text)
+    assert set(cited) == set(sources), set(cited) ^ set(sources)
+    rows = [line for line in text.split('## Row by row')[1].splitlines() if line.startswith('| ')]
+    assert len(rows) > 10
+    for row in rows[1:]:
+        cells = [cell.strip() for cell in row.strip('|').split('|')]
+        assert len(cells) == 7, row
+        for cell in cells[1:]:
+            assert '](' in cell or '][' in cell or cell == 'not found in its documentation', row
+
+
 def test_every_word_of_the_glossary_is_short_and_leads_to_its_room():
     words = (ROOT/'nbs/glossary.md').read_text().split('\n## ')[1:]
     titles = [word.splitlines()[0] for word in words]
