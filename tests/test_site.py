@@ -166,6 +166,8 @@ def test_the_newest_report_of_each_kind_is_in_the_sidebar_and_older_ones_in_the_
         assert f']({report})' in index, f'reports/index.md does not lead to {report}'
     for report in kept_reports('reports/archive'):
         assert kind_of(report) in kinds, f'{report} is the newest of its kind: not superseded'
+    archive = yaml.safe_load((ROOT/'reports/archive/_metadata.yml').read_text())
+    assert archive == {'search': False}
 
 
 def test_titles_in_the_sidebar_are_told_apart():
