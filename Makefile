@@ -78,8 +78,9 @@ docs: env ## render the site into _docs (needs the quarto program)
 	@command -v quarto >/dev/null || { echo "make docs: the quarto program is not installed; get it from quarto.org, then run this again"; exit 1; }
 	PATH="$(CURDIR)/$(BIN):$$PATH" quarto render
 
-export: env ## write atft/ from the notebooks and clean them
+export: env ## write atft/ and the page of its names from the notebooks, and clean them
 	$(BIN)/nbdev_export && $(BIN)/nbdev_clean
+	$(BIN)/python -c "from atft.project import write_reference; write_reference()"
 
 NOTEBOOKS ?= nbs/*.ipynb
 outputs: env ## run every notebook and store what it shows, without progress, clocks and temporary paths; half an hour (NOTEBOOKS="nbs/02c_losses.ipynb ...")

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['PILLARS', 'ROAD', 'Pillar', 'plot_road', 'road_svg', 'plot_style', 'project_root', 'from_root', 'assert_exported',
-           'check_parameters', 'default_output', 'papermill_main', 'site_links']
+           'check_parameters', 'default_output', 'papermill_main', 'site_links', 'reference_page', 'write_reference']
 
 # %% ../nbs/00e_project.ipynb #imports
+import ast
 import difflib
 import json
 import os
@@ -298,3 +299,75 @@ def site_links(
         data = getattr(output, 'data', {})
         if 'text/markdown' in data:
             data['text/markdown'] = [_mend_links(line, pages) for line in data['text/markdown']]
+
+# %% ../nbs/00e_project.ipynb #_Module
+class _Module(NamedTuple):
+    "What can be read of a module"
+    notebook:str  # its file in nbs
+    about:str     # its first sentence
+    says:dict     # a function or a class -> the first paragraph of its documentation
+    taken:dict    # a name -> the module it is taken from
+    public:list   # what the module hands out, in order
+
+def _about(thing):
+    "The first paragraph of a documentation, in a line"
+    text = ast.get_docstring(thing) or ''
+    return ' '.join(text.split('\n\n')[0].split())
+
+def _names_of(path):
+    "The names of a module"
+    text = path.read_text(encoding='utf-8')
+    notebook = re.search(r'File to edit: \.\./nbs/(\S+\.ipynb)', text)[1]
+    says, taken, public = {}, {}, []
+    tree = ast.parse(text)
+    for statement in tree.body:
+        if isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
+            says[statement.name] = _about(statement)
+        elif isinstance(statement, ast.ImportFrom) and statement.level:
+            taken |= {name.name: statement.module for name in statement.names}
+        elif isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == '__all__':
+            public = sorted(ast.literal_eval(statement.value), key=str.lower)
+    return _Module(notebook, _about(tree), says, taken, public)
+
+# %% ../nbs/00e_project.ipynb #reference_page
+_REFERENCE = """---
+title: Every public name
+toc-depth: 2
+---
+
+> A name goes in; the notebook that makes it comes out, with what it does in a sentence.
+
+By module, in alphabetical order; the search above finds a name too. `make export` writes this page
+from the package, so edit the notebooks instead."""
+
+def _maker(modules, module, name):
+    "The module that makes a name which another may hand on"
+    while name in modules[module].taken and modules[module].taken[name] in modules:
+        module = modules[module].taken[name]
+    return module
+
+def _reference_row(modules, module, name):
+    "A row of the table of a module"
+    maker = modules[_maker(modules, module, name)]
+    anchor = f'#{name.lower()}' if name in maker.says else ''
+    says = maker.says.get(name, 'a constant').replace('|', r'\|')
+    home = '' if maker is modules[module] else f' (made in {maker.notebook.split("_")[0]})'
+    return f'| [`{name}`]({maker.notebook}{anchor}) | {says}{home} |'
+
+def reference_page(
+    root:str|Path|None=None, # None: this project
+)->str:
+    "Every public name of the package by module, each with the place where it is made"
+    paths = sorted(Path(root or project_root(), 'atft').glob('[!_]*.py'))
+    modules = {path.stem: _names_of(path) for path in paths}
+    parts = [_REFERENCE]
+    for module, known in modules.items():
+        rows = [_reference_row(modules, module, name) for name in known.public]
+        room = known.notebook.removesuffix('.ipynb')
+        parts.append(f'## atft.{module}\n\n[{room}]({known.notebook}): {known.about}')
+        parts.append('\n'.join(['| name | what it is |', '|---|---|', *rows]))
+    return '\n\n'.join(parts)+'\n'
+
+def write_reference():
+    "Write the page where the site looks for it"
+    (project_root()/'nbs/reference.md').write_text(reference_page(), encoding='utf-8')
