@@ -54,7 +54,8 @@ def undescribed(cells:list)->list[str]:
     for number, cell in enumerate(cells):
         if not has_picture(cell): continue
         source = ''.join(cell['source'])
-        options = '\n'.join(takewhile(is_option, source.split('\n')))  # below code Quarto reads none
+        leading = takewhile(is_option, source.split('\n'))  # below code Quarto reads none
+        options = '\n'.join(leading)
         wanted = ['fig-alt'] if 'plot_road(' in source else ['fig-cap', 'fig-alt']
         for option in wanted:
             if not re.search(rf'^#\| {option}: "[^"\\]+"$', options, re.M):
