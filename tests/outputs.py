@@ -19,12 +19,13 @@ PATHS = (
     (rf'{TEMPORARY}/ipykernel_\d+/\d+\.py:\d+', 'cell'),
     (rf'{TEMPORARY}/(atft-)?[a-z]*[a-z0-9_]{{8}}', 'TMP'),
     (re.escape(str(ROOT)), '.'))
+PROGRESS = re.compile(r'\r|\d%\|')
 SKIPPED = '#| eval: false'
 
 def tidy(text:str)->str:
     "A stream without progress and without paths of this machine"
-    lines = [line for line in text.splitlines(keepends=True) if '\r' not in line]
-    text = ''.join(lines)
+    lines = re.findall(r'[^\n]*\n|[^\n]+', text)
+    text = ''.join(line for line in lines if not PROGRESS.search(line))
     for pattern, name in PATHS: text = re.sub(pattern, name, text)
     return text
 

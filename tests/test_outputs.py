@@ -33,7 +33,7 @@ def test_streams_lose_progress_and_paths():
         dict(output_type='stream', name='stdout', text='in TMP/run\ndone\n')]
     assert tidy('/tmp/ipykernel_12/345.py:4: UserWarning: odd\n') == 'cell: UserWarning: odd\n'
 
-NOISE = re.compile(r'\r|/tmp/|\d+(\.\d+)?(it|s)/(s|it)\b|/home/|/root/')
+NOISE = re.compile(r'\r|\d%\||/tmp/|\d+(\.\d+)?(it|s)/(s|it)\b|/home/|/root/')
 
 def noisy(path:Path)->list[str]:
     "The cells of a notebook that store a clock, a bar or a path of some machine"
