@@ -11,10 +11,11 @@ ini.read(Path(__file__).parent/'settings.ini', encoding='utf-8')
 cfg = ini['DEFAULT']
 
 
-def is_patch(node):
-    "A function that nbdev's `@patch` adds to a class"
+def patched_class(node):
+    "The class that nbdev's `@patch` adds a function to; None for any other node"
     decorators = getattr(node, 'decorator_list', [])
-    return any(ast.unparse(one).startswith('patch') for one in decorators)
+    if not any(ast.unparse(one).startswith('patch') for one in decorators): return None
+    return ast.unparse(node.args.args[0].annotation)
 
 
 def as_method(node):
@@ -36,11 +37,10 @@ def stub_of(source):
     "A module whose patched methods stand in their classes, or None if it has none"
     tree = ast.parse(source)
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-    patched = [node for node in tree.body if is_patch(node)]
+    patched = [node for node in tree.body if patched_class(node) in classes]
     given = [node for node in tree.body if is_given(node, classes)]
     for node in patched:
-        owner = ast.unparse(node.args.args[0].annotation)
-        classes[owner].body.append(as_method(node))
+        classes[patched_class(node)].body.append(as_method(node))
     for node in given:
         target = node.targets[0]
         node.targets = [ast.Name(target.attr)]
