@@ -65,7 +65,7 @@ def first(market, tmp_path_factory):
 @pytest.mark.parametrize('resume', ['path', 'none'])
 def test_a_run_from_named_weights_that_was_stopped_goes_on(market, first, tmp_path, resume):
     named = str(first/'phase0_best.pt') if resume == 'path' else 'none'
-    order = dict(phase='1-2', resume_checkpoint=named)
+    order = dict(phase='1-2', resume_checkpoint=named, overrides='1.epochs=2')
     for stop in ((1, 1), (1, 2), (2, 1)):
         said = 'the same command continues there'
         with pytest.raises(Stopped, match=said):
